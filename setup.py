@@ -1,0 +1,56 @@
+"""Two installations of one project: `pip install .[edge]` on a device, `pip install .[coordinator]` on a workstation.
+
+The device's never brings torch or onnx.
+"""
+
+from setuptools import find_packages, setup
+
+EDGE = [
+    "cryptography>=42",
+    "msgspec>=0.19",
+    "numpy>=1.26",
+    "paho-mqtt>=2.1,<3",
+]
+# On a Jetson the runtime may come from JetPack instead, so it is not part of the base requirements.
+RUNTIME = ["onnxruntime>=1.18"]
+COORDINATOR = [
+    *RUNTIME,
+    "iotcore>=0.4,<0.5",
+    "jinja2>=3.1",
+    "onnx>=1.18",
+    "onnxscript>=0.5",
+    "pillow>=10",
+    "rich>=13",
+    "sympy>=1.13",
+    "torch>=2.9",
+]
+TEST = [
+    "hypothesis>=6.100",
+    "import-linter>=2.1",
+    "mypy>=1.14",
+    "pytest>=8.2",
+    "pytest-timeout>=2.3",
+    "ruff>=0.9",
+]
+
+setup(
+    name="fedsa-edge",
+    version="0.1.0",
+    description="Federated selective aggregation: private teachers on edge devices teach one student",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["edge_teacher*", "coordinator*", "export*", "firmware_configs*"]),
+    package_data={"coordinator": ["*.html.j2"]},
+    install_requires=EDGE,
+    extras_require={
+        "edge": RUNTIME,
+        "coordinator": COORDINATOR,
+        "test": [*COORDINATOR, *TEST],
+    },
+    entry_points={
+        "console_scripts": [
+            "edge-teacher = edge_teacher.cli:main",
+            "fedsa = coordinator.cli:main",
+        ]
+    },
+)
