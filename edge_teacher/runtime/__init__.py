@@ -1,0 +1,1 @@
+"""Executing a graph: one Session interface, chosen by what the device has."""
