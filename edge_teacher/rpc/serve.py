@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -40,12 +41,15 @@ Tensors = Mapping[str, frame.Array]
 Answer = tuple[msgspec.Struct, Tensors]
 
 
+Request = TypeVar("Request", bound=msgspec.Struct)
+
+
 @dataclass(frozen=True)
-class Method:
+class Method(Generic[Request]):
     """How to answer one method: the struct its requests carry, and the function that answers."""
 
-    request: type[msgspec.Struct]
-    answer: Callable[[msgspec.Struct, Tensors], Answer]
+    request: type[Request]
+    answer: Callable[[Request, Tensors], Answer]
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Server:
         self,
         transport: Transport,
         device: str,
-        methods: Mapping[str, Method],
+        methods: Mapping[str, Method[Any]],
         *,
         limits: Limits,
         allowed: frozenset[str] = frozenset(),

@@ -59,14 +59,3 @@ class OnnxRuntimeSession:
                 f"ONNX Runtime failed on images {list(images.shape)}: {error}"
             ) from error
         return dict(zip(outputs, found, strict=True))
-
-
-def run_in_batches(
-    session: OnnxRuntimeSession, images: NDArray[np.uint8], output: str, batch: int = 64
-) -> NDArray[np.float32]:
-    """One output for any number of images, `batch` at a time: memory stays bounded."""
-    parts = [
-        session.run(images[start : start + batch], [output])[output]
-        for start in range(0, len(images), batch)
-    ]
-    return np.concatenate(parts)

@@ -25,3 +25,14 @@ class Session(Protocol):
     ) -> Mapping[str, NDArray[np.float32]]:
         """The named outputs for a batch. Raises RuntimeFailed with the runtime's own words."""
         ...
+
+
+def run_in_batches(
+    session: Session, images: NDArray[np.uint8], output: str, batch: int = 64
+) -> NDArray[np.float32]:
+    """One output for any number of images, `batch` at a time: memory stays bounded."""
+    parts = [
+        session.run(images[start : start + batch], [output])[output]
+        for start in range(0, len(images), batch)
+    ]
+    return np.concatenate(parts)
