@@ -62,6 +62,7 @@ class Agent:
         if not isinstance(bundle.card, TeacherCard):
             raise CheckFailed(f"{config.bundle} holds a student; an agent runs a teacher")
         self.teacher = bundle.card.teacher
+        self._bundle_digest = bundle.digest
         self._session = self._load(bundle.file(bundle.card.graph), bundle.card.graph)
         self._check_outputs()
         self._images = ImageStore(config.limits)
@@ -79,6 +80,7 @@ class Agent:
     def card(self) -> Card:
         return Card(
             device=self.config.device,
+            bundle=self._bundle_digest,
             teacher=self.teacher,
             runtime=self._session.info,
             limits=self.config.limits,

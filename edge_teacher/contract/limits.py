@@ -13,6 +13,9 @@ CHUNK_BYTES = 512 * KIB
 CHUNK_ABOVE_BYTES = MIB
 """An answer up to this size travels as one message; chunking a smaller one only costs."""
 
+UPLOAD_BYTES = MIB
+"""Size of one piece of an upload: images or a student bundle."""
+
 MAX_PACKET_BYTES = 2 * MIB
 """The largest MQTT packet either side sends; brokers and clients are configured for it."""
 

@@ -89,6 +89,8 @@ class Card(Wire, frozen=True):
     """What a device is and what may be asked of it. Retained on `<device>/card`."""
 
     device: str
+    bundle: str
+    """SHA-256 of the teacher's bundle: answers of the same bundle may be remembered."""
     teacher: TeacherInfo
     runtime: RuntimeInfo
     limits: Limits
