@@ -1,0 +1,1 @@
+"""The workstation: finds teachers, selects, trains a student, ships it, reports."""

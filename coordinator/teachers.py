@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, TypeVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
+
+from coordinator.questions import Query, Questions
+from edge_teacher.contract.images import image_block_id
+from edge_teacher.contract.messages import Card, FeatureForm, FeaturesQuery, SaliencyQuery
+from edge_teacher.files import write_atomically
+from edge_teacher.rpc.invoke import Caller
+
+Answer = TypeVar("Answer")
 
 
 class Teacher(Protocol):
@@ -27,3 +41,93 @@ class Teacher(Protocol):
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """images [N, H, W, 3] -> the last feature map itself, [N, C, h, w]."""
         ...
+
+
+class AnswerCache:
+    """Answers on disk, one file per (bundle, question, block): a resumed run asks nothing twice."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def get(self, key: str) -> NDArray[np.float16] | None:
+        """None for what is not there; a damaged file is dropped and asked for again."""
+        path = self._folder / f"{key}.npy"
+        try:
+            found: NDArray[np.float16] = np.load(path, allow_pickle=False)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, EOFError):
+            path.unlink(missing_ok=True)
+            return None
+        return found
+
+    def put(self, key: str, answer: NDArray[np.float16]) -> None:
+        file = io.BytesIO()
+        np.save(file, answer, allow_pickle=False)
+        write_atomically(self._folder / f"{key}.npy", file.getvalue())
+
+
+class RemoteTeacher:
+    """A teacher behind MQTT. Its answers are remembered; it is asked only for what is not."""
+
+    def __init__(
+        self,
+        caller: Caller,
+        card: Card,
+        cache: AnswerCache,
+        *,
+        asked: Callable[[str, int], None] = lambda method, images: None,
+    ) -> None:
+        """`asked(method, images)` is called as answers come in: progress."""
+        self._card = card
+        self._cache = cache
+        self._questions = Questions(caller, card)
+        self._asked = asked
+
+    @property
+    def name(self) -> str:
+        return self._card.device
+
+    def saliency(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self._ask(images, "saliency", lambda block: SaliencyQuery(block=block), "saliency")
+
+    def pooled(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self._features(images, "pooled")
+
+    def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self._features(images, "maps")
+
+    def _features(self, images: NDArray[np.uint8], form: FeatureForm) -> NDArray[np.float32]:
+        def query(block: str) -> FeaturesQuery:
+            return FeaturesQuery(block=block, form=form)
+
+        return self._ask(images, "features", query, "features")
+
+    def _ask(
+        self, images: NDArray[np.uint8], method: str, query: Query, tensor: str
+    ) -> NDArray[np.float32]:
+        divided = list(self._questions.divide(images))
+        keys = [self._key(method, query(image_block_id(block))) for block in divided]
+        answers = {
+            i: found for i, key in enumerate(keys) if (found := self._cache.get(key)) is not None
+        }
+        unknown = [i for i in range(len(divided)) if i not in answers]
+        asked = self._questions.ask([divided[i] for i in unknown], method, query, tensor)
+        for i, (_, answer) in zip(unknown, asked, strict=True):
+            answers[i] = answer.astype(np.float16)
+            self._cache.put(keys[i], answers[i])
+            self._asked(method, len(divided[i]))
+        return np.concatenate([answers[i] for i in range(len(divided))]).astype(np.float32)
+
+    def _key(self, method: str, query: msgspec.Struct) -> str:
+        words = [self._card.bundle, method, msgspec.json.encode(query).decode()]
+        return hashlib.sha256("\n".join(words).encode()).hexdigest()
+
+
+def in_parallel(teachers: Sequence[Teacher], ask: Callable[[Teacher], Answer]) -> list[Answer]:
+    """`ask` each teacher on a thread of its own: devices compute at the same time.
+
+    Raises the first error; the other teachers' answers up to then stay in the cache.
+    """
+    with ThreadPoolExecutor(max(1, len(teachers)), thread_name_prefix="ask") as pool:
+        return list(pool.map(ask, teachers))

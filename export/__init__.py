@@ -1,0 +1,1 @@
+"""Networks in, bundles out: teachers for devices, students from training."""

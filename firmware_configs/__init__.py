@@ -1,0 +1,1 @@
+"""Everything flashed that is not Python."""

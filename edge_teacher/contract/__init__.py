@@ -1,0 +1,4 @@
+"""The language both machines speak: topics, messages, tensors, errors and limits."""
+
+PROTOCOL = "1.0"
+"""major.minor. Peers of one major version understand each other; the topic root carries the major."""

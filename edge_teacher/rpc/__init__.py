@@ -1,0 +1,1 @@
+"""Request and response over MQTT 5: call, serve, chunks, and one seam to the network."""

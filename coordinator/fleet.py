@@ -1,0 +1,89 @@
+"""Who is there: births, wills and cards, as the broker retains them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import TypeVar
+
+from edge_teacher.contract import frame, topics
+from edge_teacher.contract.errors import RpcError, Unreachable
+from edge_teacher.contract.messages import Card, State
+from edge_teacher.rpc.invoke import Caller
+from edge_teacher.rpc.transport import Message, Transport
+
+Kind = TypeVar("Kind", Card, State)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device says of itself."""
+
+    name: str
+    state: State
+    card: Card
+
+
+class Fleet:
+    """Follows every device. When one dies or restarts, what it was being asked fails at once."""
+
+    def __init__(self, transport: Transport, caller: Caller) -> None:
+        self._caller = caller
+        self._states: dict[str, State] = {}
+        self._cards: dict[str, Card] = {}
+        self._changed = threading.Condition()
+        # Cards first: a birth then always finds its card.
+        transport.subscribe(topics.everyone("card"), self._on_card)
+        transport.subscribe(topics.everyone("state"), self._on_state)
+
+    def devices(self, *, online_only: bool = True) -> list[Device]:
+        """By name."""
+        with self._changed:
+            known = sorted(self._states.keys() & self._cards.keys())
+            found = [Device(name, self._states[name], self._cards[name]) for name in known]
+        return [d for d in found if d.state.online or not online_only]
+
+    def wait(self, at_least: int, timeout_s: float) -> list[Device]:
+        """Until so many devices are online. Raises Unreachable if they are not in time."""
+        end = time.monotonic() + timeout_s
+        with self._changed:
+            while len(self.devices()) < at_least:
+                left = end - time.monotonic()
+                if left <= 0 or not self._changed.wait(left):
+                    break
+        found = self.devices()
+        if len(found) < at_least:
+            names = ", ".join(d.name for d in found) or "none"
+            raise Unreachable(
+                f"{len(found)} of {at_least} teachers announced themselves within {timeout_s:g} s "
+                f"({names}); are the agents running, and on this broker?"
+            )
+        return found
+
+    def _on_card(self, message: Message) -> None:
+        self._note(message, Card, self._cards)
+
+    def _on_state(self, message: Message) -> None:
+        topic = topics.parse(message.topic)
+        before = self._states.get(topic.owner) if topic else None
+        state = self._note(message, State, self._states)
+        if topic is None or before is None or state is None or not before.online:
+            return
+        if not state.online:
+            self._caller.device_gone(topic.owner, "went offline")
+        elif state.session != before.session:
+            self._caller.device_gone(topic.owner, "restarted")
+
+    def _note(self, message: Message, kind: type[Kind], into: dict[str, Kind]) -> Kind | None:
+        topic = topics.parse(message.topic)
+        if topic is None:
+            return None
+        try:
+            found, _ = frame.decode(message.payload, kind)
+        except RpcError:
+            return None  # cleared, or not of this contract: not a device to us
+        with self._changed:
+            into[topic.owner] = found
+            self._changed.notify_all()
+        return found

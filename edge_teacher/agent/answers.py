@@ -1,0 +1,142 @@
+"""What a device answers, method by method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from edge_teacher.agent.image_store import ImageStore
+from edge_teacher.agent.pooling import attention_pool, mean_pool
+from edge_teacher.contract import frame
+from edge_teacher.contract.errors import CheckFailed, Malformed, NotFound, RuntimeFailed
+from edge_teacher.contract.messages import (
+    Answered,
+    Card,
+    Dtype,
+    Empty,
+    FeaturesQuery,
+    PredictQuery,
+    PutImages,
+    SaliencyQuery,
+    StudentCommand,
+    StudentOffer,
+    StudentOffered,
+    TeacherInfo,
+)
+from edge_teacher.rpc.serve import Answer, Method, Tensors
+from edge_teacher.runtime import Session, run_in_batches
+from edge_teacher.slots import Students
+
+_NUMPY: Mapping[Dtype, type[np.floating[Any]]] = {"f16": np.float16, "f32": np.float32}
+
+
+class Answers:
+    """Binds the teacher, the image store and the students to the contract's methods."""
+
+    def __init__(
+        self,
+        teacher: TeacherInfo,
+        session: Session,
+        images: ImageStore,
+        students: Students,
+        card: Callable[[], Card],
+        card_changed: Callable[[], None],
+    ) -> None:
+        self._teacher = teacher
+        self._session = session
+        self._images = images
+        self._students = students
+        self._card = card
+        self._card_changed = card_changed
+
+    def methods(self) -> dict[str, Method[Any]]:
+        return {
+            "describe": Method(Empty, self.describe),
+            "put_images": Method(PutImages, self.put_images),
+            "saliency": Method(SaliencyQuery, self.saliency),
+            "features": Method(FeaturesQuery, self.features),
+            "predict": Method(PredictQuery, self.predict),
+            "student.offer": Method(StudentOffer, self.student_offer),
+            "student.status": Method(StudentCommand, self.student_status),
+            "student.activate": Method(StudentCommand, self.student_activate),
+            "student.rollback": Method(StudentCommand, self.student_rollback),
+        }
+
+    def describe(self, _request: Empty, _tensors: Tensors) -> Answer:
+        return self._card(), {}
+
+    def put_images(self, request: PutImages, tensors: Tensors) -> Answer:
+        return self._images.put(request, frame.tensor(tensors, "data", "u8", None)), {}
+
+    def saliency(self, query: SaliencyQuery, _tensors: Tensors) -> Answer:
+        images = self._images.get(query.block)
+        started = time.perf_counter()
+        maps = run_in_batches(self._session, images, "saliency")
+        return _answered(started), {"saliency": maps.astype(_NUMPY[query.dtype])}
+
+    def features(self, query: FeaturesQuery, tensors: Tensors) -> Answer:
+        tap = query.tap or self._teacher.saliency_tap
+        if tap not in self._teacher.taps:
+            known = ", ".join(sorted(self._teacher.taps))
+            raise NotFound(f"this teacher has no tap {tap!r}; it has {known}")
+        images = self._images.get(query.block)
+        started = time.perf_counter()
+        found = run_in_batches(self._session, images, f"features.{tap}")
+        if query.form == "pooled":
+            found = mean_pool(found)
+        elif query.form == "attention":
+            found = attention_pool(found, frame.floats(tensors, "attention"))
+        # fp16 ends at 65504; a feature beyond is held there rather than turned into infinity.
+        if query.dtype == "f16":
+            found = np.clip(found, -65504, 65504)
+        return _answered(started), {"features": found.astype(_NUMPY[query.dtype])}
+
+    def predict(self, query: PredictQuery, _tensors: Tensors) -> Answer:
+        images = self._images.get(query.block)
+        student = self._students.active(query.task)
+        started = time.perf_counter()
+        logits = run_in_batches(student.session, images, "logits")
+        answered = _answered(started)
+        card = student.card
+        return msgspec.structs.replace(
+            answered, student_version=card.version, classes=card.classes
+        ), {"logits": logits.astype(np.float32)}
+
+    def student_offer(self, offer: StudentOffer, tensors: Tensors) -> Answer:
+        data = frame.tensor(tensors, "data", "u8", None)
+        try:
+            received = self._students.offer(offer, data.tobytes())
+        except CheckFailed as error:
+            raise Malformed(str(error)) from error
+        if received.next_offset == received.total_bytes:
+            self._card_changed()
+        return StudentOffered(received=received, status=self._students.status(offer.task)), {}
+
+    def student_status(self, command: StudentCommand, _tensors: Tensors) -> Answer:
+        return self._students.status(command.task), {}
+
+    def student_activate(self, command: StudentCommand, _tensors: Tensors) -> Answer:
+        try:
+            self._students.activate(command.task, command.version)
+        except CheckFailed as error:
+            raise RuntimeFailed(str(error)) from error
+        finally:
+            self._card_changed()
+        return self._students.status(command.task), {}
+
+    def student_rollback(self, command: StudentCommand, _tensors: Tensors) -> Answer:
+        try:
+            self._students.rollback(command.task)
+        except CheckFailed as error:
+            raise RuntimeFailed(str(error)) from error
+        finally:
+            self._card_changed()
+        return self._students.status(command.task), {}
+
+
+def _answered(started: float) -> Answered:
+    return Answered(compute_ms=round((time.perf_counter() - started) * 1e3, 3))

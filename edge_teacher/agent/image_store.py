@@ -1,0 +1,87 @@
+"""The coordinator's images on the device: content-addressed, resumable, bounded, in memory only."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_teacher.contract.errors import Malformed, NotFound, TooLarge
+from edge_teacher.contract.images import Images, check_images, image_block_id
+from edge_teacher.contract.limits import Limits
+from edge_teacher.contract.messages import PutImages, Received
+
+
+@dataclass
+class _Block:
+    pixels: Images
+    filled: int = 0
+
+    @property
+    def whole(self) -> bool:
+        return self.filled == self.pixels.nbytes
+
+
+class ImageStore:
+    """Blocks by id. The least recently used ones make room, so a query may be told 404: send it again."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._blocks: OrderedDict[str, _Block] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Images held."""
+        with self._lock:
+            return sum(len(block.pixels) for block in self._blocks.values() if block.whole)
+
+    def put(self, request: PutImages, data: NDArray[np.generic]) -> Received:
+        """Take the piece that continues a block; any other is ignored and the answer says where to go on.
+
+        Raises TooLarge before taking memory, Malformed if the finished block is not what its id says.
+        """
+        with self._lock:
+            block = self._blocks.get(request.block) or self._new(request)
+            if request.offset == block.filled and not block.whole:
+                flat = block.pixels.reshape(-1)
+                if block.filled + data.size > flat.size:
+                    del self._blocks[request.block]
+                    raise Malformed(f"the data of block {request.block} exceeds its shape")
+                flat[block.filled : block.filled + data.size] = data
+                block.filled += data.size
+                if block.whole and image_block_id(block.pixels) != request.block:
+                    del self._blocks[request.block]
+                    raise Malformed(f"the images of block {request.block} have another SHA-256")
+            self._blocks.move_to_end(request.block)
+            return Received(next_offset=block.filled, total_bytes=block.pixels.nbytes)
+
+    def get(self, block_id: str) -> Images:
+        """uint8[N, H, W, 3]. Raises NotFound unless the block is held whole."""
+        with self._lock:
+            block = self._blocks.get(block_id)
+            if block is None or not block.whole:
+                raise NotFound(f"this device does not hold the image block {block_id}: send it")
+            self._blocks.move_to_end(block_id)
+            return block.pixels
+
+    def _new(self, request: PutImages) -> _Block:
+        n, height, width, channels = request.shape
+        size = math.prod(request.shape)
+        if min(request.shape) < 1 or channels != 3:
+            raise Malformed(f"a block of shape {request.shape} is no uint8[N, H, W, 3]")
+        if n > self._limits.max_images_per_block or size > self._limits.max_block_bytes:
+            raise TooLarge(
+                f"a block of {n} images, {height} x {width}, {size} bytes is too large: at most "
+                f"{self._limits.max_images_per_block} images and {self._limits.max_block_bytes} bytes"
+            )
+        held = sum(block.pixels.nbytes for block in self._blocks.values())
+        while self._blocks and held + size > self._limits.image_store_bytes:
+            _, oldest = self._blocks.popitem(last=False)
+            held -= oldest.pixels.nbytes
+        block = _Block(check_images(np.zeros(request.shape, np.uint8)))
+        self._blocks[request.block] = block
+        return block

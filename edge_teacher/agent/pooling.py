@@ -1,0 +1,48 @@
+"""Feature maps to a few numbers per channel: the mean, or the mean under an attention map."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_teacher.contract.errors import Malformed
+
+Floats = NDArray[np.float32]
+
+
+def mean_pool(features: Floats) -> Floats:
+    """[N, C, h, w] -> [N, C]."""
+    mean: Floats = features.mean(axis=(2, 3), dtype=np.float32)
+    return mean
+
+
+def attention_pool(features: Floats, attention: Floats) -> Floats:
+    """sum_u A(u) F_c(u) / sum_u A(u), with A resized to the features' size: [N, C, h, w] -> [N, C].
+
+    An attention map that is zero everywhere carries no preference: its image gets the plain mean.
+    Raises Malformed for maps of another number, with negative or non-finite values.
+    """
+    n, _, height, width = features.shape
+    if attention.ndim != 3 or len(attention) != n:
+        raise Malformed(f"the attention is {list(attention.shape)}, and must be [{n}, s, s]")
+    if not np.isfinite(attention).all() or attention.min() < 0:
+        raise Malformed("the attention has negative or non-finite values")
+    rows = _interpolation(attention.shape[1], height)
+    columns = _interpolation(attention.shape[2], width)
+    weights = np.einsum("hs,nst,wt->nhw", rows, attention, columns).reshape(n, 1, height * width)
+    total = weights.sum(axis=2)
+    flat = features.reshape(n, -1, height * width)
+    weighted = (flat * weights).sum(axis=2) / np.maximum(total, 1e-12)
+    pooled: Floats = np.where(total > 1e-12, weighted, flat.mean(axis=2)).astype(np.float32)
+    return pooled
+
+
+def _interpolation(source: int, target: int) -> Floats:
+    """The matrix [target, source] of linear interpolation with half-pixel centres, edges held."""
+    position = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
+    below = np.floor(position).astype(int)
+    above = np.minimum(below + 1, source - 1)
+    matrix = np.zeros((target, source), np.float32)
+    matrix[np.arange(target), below] += (1 - (position - below)).astype(np.float32)
+    matrix[np.arange(target), above] += (position - below).astype(np.float32)
+    return matrix

@@ -1,0 +1,192 @@
+"""One agent: a teacher, a connection, and the life between birth and a clean shutdown."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from edge_teacher import __version__
+from edge_teacher import bundle as bundles
+from edge_teacher.agent.answers import Answers
+from edge_teacher.agent.image_store import ImageStore
+from edge_teacher.agent.telemetry import rss_bytes, temperature_c
+from edge_teacher.bundle import TeacherCard
+from edge_teacher.contract import PROTOCOL, frame, topics
+from edge_teacher.contract.errors import CheckFailed
+from edge_teacher.contract.limits import Limits
+from edge_teacher.contract.messages import Card, State, Telemetry
+from edge_teacher.rpc.address import BrokerAddress
+from edge_teacher.rpc.paho import PahoTransport
+from edge_teacher.rpc.serve import Server
+from edge_teacher.rpc.transport import Message, Transport
+from edge_teacher.runtime import OnnxRuntimeSession, Session
+from edge_teacher.slots import Students
+
+log = logging.getLogger(__name__)
+
+CPU_DIALECTS = ("int8_cpu", "fp32")
+"""Student graphs ONNX Runtime's CPU provider executes, fastest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    device: str
+    bundle: Path
+    owners: list[Ed25519PublicKey]
+    """Keys whose teachers this device loads."""
+    coordinators_keys: list[Ed25519PublicKey]
+    """Keys whose students this device installs; without one it takes none."""
+    state: Path
+    allowed: frozenset[str] = frozenset()
+    threads: int = 1
+    telemetry_s: float = 5.0
+    limits: Limits = field(default_factory=Limits)
+
+
+class Agent:
+    """Loads and verifies everything before it says it is there. Raises what a wrong bundle raises."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        self.config = config
+        self._since = time.time()
+        self._session_id = secrets.token_hex(8)
+        bundle = bundles.read(config.bundle, config.owners)
+        if not isinstance(bundle.card, TeacherCard):
+            raise CheckFailed(f"{config.bundle} holds a student; an agent runs a teacher")
+        self.teacher = bundle.card.teacher
+        self._bundle_digest = bundle.digest
+        self._session = self._load(bundle.file(bundle.card.graph), bundle.card.graph)
+        self._check_outputs()
+        self._images = ImageStore(config.limits)
+        self._students = Students(
+            config.state / "students",
+            config.coordinators_keys,
+            self._load,
+            dialects=CPU_DIALECTS,
+            max_bundle_bytes=config.limits.max_bundle_bytes,
+        )
+        self._transport: Transport | None = None
+        self._server: Server | None = None
+        self._stopped = threading.Event()
+
+    def card(self) -> Card:
+        return Card(
+            device=self.config.device,
+            bundle=self._bundle_digest,
+            teacher=self.teacher,
+            runtime=self._session.info,
+            limits=self.config.limits,
+            students=self._students.statuses(),
+        )
+
+    def will(self) -> Message:
+        """What the broker says when this process dies."""
+        return self._state(online=False)
+
+    def start(self, transport: Transport) -> None:
+        """Answer on `transport`, then announce the card and the birth, now and after each reconnect."""
+        answers = Answers(
+            self.teacher,
+            self._session,
+            self._images,
+            self._students,
+            self.card,
+            self._announce_card,
+        )
+        self._transport = transport
+        self._server = Server(
+            transport,
+            self.config.device,
+            answers.methods(),
+            limits=self.config.limits,
+            allowed=self.config.allowed,
+        )
+        self._server.start()
+        transport.on_connect(self._announce)
+        threading.Thread(target=self._telemetry, name="telemetry", daemon=True).start()
+
+    def stop(self) -> None:
+        """503 to what waits, finish what is computed, say goodbye, disconnect."""
+        self._stopped.set()
+        if self._server is not None:
+            self._server.drain()
+        if self._transport is not None:
+            self._transport.publish(self._state(online=False))
+            self._transport.close()
+        log.info("%s has stopped", self.config.device)
+
+    # ── inside ───────────────────────────────────────────────────────────────────────────────
+
+    def _load(self, graph: bytes, name: str) -> Session:
+        return OnnxRuntimeSession(graph, threads=self.config.threads, name=name)
+
+    def _check_outputs(self) -> None:
+        wanted = {"saliency", *(f"features.{tap}" for tap in self.teacher.taps)}
+        missing = wanted - set(self._session.outputs)
+        if missing:
+            raise CheckFailed(
+                f"the graph in {self.config.bundle} lacks the outputs {', '.join(sorted(missing))} "
+                "that its card promises; export it again"
+            )
+
+    def _state(self, *, online: bool) -> Message:
+        state = State(
+            online=online,
+            session=self._session_id,
+            software=f"edge-teacher {__version__}",
+            protocol=PROTOCOL,
+            since_unix_s=self._since,
+        )
+        topic = topics.state(self.config.device)
+        return Message(topic=topic, payload=frame.encode(state), retain=True)
+
+    def _publish(self, topic: str, body: msgspec.Struct, *, qos: int, retain: bool) -> None:
+        if self._transport is not None:
+            self._transport.publish(
+                Message(topic=topic, payload=frame.encode(body), qos=qos, retain=retain)
+            )
+
+    def _announce_card(self) -> None:
+        self._publish(topics.card(self.config.device), self.card(), qos=1, retain=True)
+
+    def _announce(self) -> None:
+        # The card first: whoever hears the birth finds it there.
+        self._announce_card()
+        if self._transport is not None:
+            self._transport.publish(self._state(online=True))
+        log.info("%s serves %s", self.config.device, self.teacher.name)
+
+    def _telemetry(self) -> None:
+        while not self._stopped.wait(self.config.telemetry_s):
+            assert self._server is not None
+            counters = self._server.counters
+            telemetry = Telemetry(
+                uptime_s=round(time.time() - self._since, 1),
+                rss_bytes=rss_bytes(),
+                load_1min=os.getloadavg()[0],
+                temperature_c=temperature_c(),
+                queued=self._server.queued,
+                answered=counters.answered,
+                refused=counters.refused,
+                failed=counters.failed,
+                images_held=len(self._images),
+            )
+            self._publish(topics.telemetry(self.config.device), telemetry, qos=0, retain=False)
+
+
+def serve(config: AgentConfig, address: BrokerAddress, stop: threading.Event) -> None:
+    """Run an agent over MQTT until `stop` is set."""
+    agent = Agent(config)
+    agent.start(PahoTransport(address, config.device, will=agent.will()))
+    try:
+        stop.wait()
+    finally:
+        agent.stop()

@@ -1,0 +1,179 @@
+"""The signed archive a teacher or a student travels in.
+
+A tar with `card.json`, the files it describes, and `SIGNATURE`: JSON with the SHA-256 of every other
+member, the id of the signing key, and an Ed25519 signature over exactly those digests. The same input
+gives the same bytes. Nothing is ever extracted by name: members are read into memory, checked, and
+written where the reader decides.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from edge_teacher.contract.errors import CheckFailed, UsageError
+from edge_teacher.contract.messages import TeacherInfo
+from edge_teacher.files import write_atomically
+from edge_teacher.keys import key_id
+
+CARD = "card.json"
+SIGNATURE = "SIGNATURE"
+MAX_MEMBERS = 32
+MAX_BYTES = 1 << 30
+
+
+class TeacherCard(msgspec.Struct, frozen=True, kw_only=True, tag="teacher", tag_field="kind"):
+    """`card.json` of a teacher. What it tells of the network is all that ever leaves its owner."""
+
+    teacher: TeacherInfo
+    graph: str = "teacher.onnx"
+    format: Literal[1] = 1
+
+
+class StudentCard(msgspec.Struct, frozen=True, kw_only=True, tag="student", tag_field="kind"):
+    """`card.json` of a student."""
+
+    task: str
+    version: int
+    classes: tuple[str, ...]
+    input_size: tuple[int, int]
+    graphs: dict[str, str]
+    """Runtime dialect (`int8_cpu`, `int8_tensorrt`, `fp32`) to file name."""
+    canary_images: str = "canary.images.npy"
+    canary_logits: dict[str, str]
+    """Dialect to the file with the logits its graph gave at export for the canary images."""
+    canary_agreement: float = 0.99
+    """Least share of canary images whose top-1 class must be as at export."""
+    format: Literal[1] = 1
+
+
+Card = TeacherCard | StudentCard
+
+
+class _Signature(msgspec.Struct, frozen=True):
+    digests: dict[str, str]
+    key: str
+    signature: str
+    algorithm: Literal["Ed25519"] = "Ed25519"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose signature and digests have been verified."""
+
+    card: Card
+    files: Mapping[str, bytes]
+    digest: str
+    """SHA-256 of the whole archive, hexadecimal."""
+    signed_by: str
+
+    def file(self, name: str) -> bytes:
+        """Raises CheckFailed if the card names a file that is not there."""
+        if name not in self.files:
+            raise CheckFailed(f"the bundle has no {name!r}, which its card names; export it again")
+        return self.files[name]
+
+
+def _signed_bytes(digests: Mapping[str, str]) -> bytes:
+    return b"fedsa bundle 1\n" + msgspec.json.encode(dict(sorted(digests.items())))
+
+
+def pack(card: Card, files: Mapping[str, bytes], key: Ed25519PrivateKey) -> bytes:
+    """The archive: members sorted by name, no times, no owners."""
+    members = {CARD: msgspec.json.format(msgspec.json.encode(card), indent=1), **files}
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(members.items())}
+    signature = _Signature(
+        digests,
+        key_id(key.public_key()),
+        base64.b64encode(key.sign(_signed_bytes(digests))).decode(),
+    )
+    members[SIGNATURE] = msgspec.json.encode(signature)
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in sorted(members.items()):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            info.mode = 0o644
+            tar.addfile(info, io.BytesIO(data))
+    return archive.getvalue()
+
+
+def write(path: Path, card: Card, files: Mapping[str, bytes], key: Ed25519PrivateKey) -> Bundle:
+    """Pack, write atomically, and read back what was written."""
+    write_atomically(path, pack(card, files, key))
+    return read(path, [key.public_key()])
+
+
+def read(path: Path, trusted: list[Ed25519PublicKey]) -> Bundle:
+    """The verified bundle in a file. Raises UsageError if it is missing, else as `unpack`."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"the bundle {path} cannot be read: {error.strerror}") from error
+    return unpack(data, trusted, name=str(path))
+
+
+def unpack(data: bytes, trusted: list[Ed25519PublicKey], *, name: str = "the bundle") -> Bundle:
+    """Verify first, then look inside.
+
+    Raises CheckFailed if `data` is no bundle, is damaged, or is not signed by one of `trusted`.
+    """
+    members = _members(data, name)
+    if SIGNATURE not in members or CARD not in members:
+        raise CheckFailed(f"{name} is no fedsa bundle: it has no {SIGNATURE} or no {CARD}")
+    try:
+        signature = msgspec.json.decode(members.pop(SIGNATURE), type=_Signature)
+        proof = base64.b64decode(signature.signature, validate=True)
+    except ValueError as error:
+        raise CheckFailed(f"the {SIGNATURE} of {name} cannot be read: {error}") from error
+    key = next((k for k in trusted if key_id(k) == signature.key), None)
+    if key is None:
+        known = ", ".join(key_id(k) for k in trusted) or "none"
+        raise CheckFailed(
+            f"{name} is signed by the key {signature.key}, which is not trusted here "
+            f"(trusted: {known})"
+        )
+    try:
+        key.verify(proof, _signed_bytes(signature.digests))
+    except InvalidSignature as error:
+        raise CheckFailed(f"the signature of {name} is wrong: do not use it") from error
+    if set(members) != set(signature.digests):
+        raise CheckFailed(f"the files of {name} are not those that were signed")
+    for member, content in members.items():
+        if hashlib.sha256(content).hexdigest() != signature.digests[member]:
+            raise CheckFailed(f"{member} in {name} is not the file that was signed")
+    try:
+        card = msgspec.json.decode(members.pop(CARD), type=Card)
+    except msgspec.MsgspecError as error:
+        raise CheckFailed(f"the {CARD} of {name} cannot be used: {error}") from error
+    return Bundle(card, members, hashlib.sha256(data).hexdigest(), signature.key)
+
+
+def _members(data: bytes, name: str) -> dict[str, bytes]:
+    members: dict[str, bytes] = {}
+    total = 0
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for info in tar:
+                total += info.size
+                plain = info.isreg() and "/" not in info.name and info.name not in members
+                if not plain or len(members) >= MAX_MEMBERS or total > MAX_BYTES:
+                    raise CheckFailed(f"{name} holds {info.name!r}, which no bundle may")
+                file = tar.extractfile(info)
+                content = b"" if file is None else file.read()
+                if len(content) != info.size:
+                    raise CheckFailed(f"{name} ends in the middle of {info.name!r}: copy it again")
+                members[info.name] = content
+    except (tarfile.TarError, EOFError) as error:
+        raise CheckFailed(f"{name} is damaged or no bundle at all: {error}") from error
+    return members

@@ -1,0 +1,32 @@
+"""The sizes both sides agree on before any memory is taken."""
+
+from __future__ import annotations
+
+import msgspec
+
+KIB = 1024
+MIB = 1024 * 1024
+
+CHUNK_BYTES = 512 * KIB
+"""Size of one chunk: the fastest of those measured between 256 KiB and 4 MiB."""
+
+CHUNK_ABOVE_BYTES = MIB
+"""An answer up to this size travels as one message; chunking a smaller one only costs."""
+
+UPLOAD_BYTES = MIB
+"""Size of one piece of an upload: images or a student bundle."""
+
+MAX_PACKET_BYTES = 2 * MIB
+"""The largest MQTT packet either side sends; brokers and clients are configured for it."""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device accepts. It announces them in its card and answers 413 beyond them."""
+
+    max_images_per_block: int = 1024
+    max_block_bytes: int = 64 * MIB
+    max_answer_bytes: int = 256 * MIB
+    max_bundle_bytes: int = 256 * MIB
+    image_store_bytes: int = 256 * MIB
+    answer_cache_bytes: int = 32 * MIB
+    max_queued_requests: int = 64

@@ -1,0 +1,226 @@
+"""Every message as a struct. Tensors travel beside them in the frame, under the names given here.
+
+Unknown fields are ignored and every field added after 1.0 has a default, so a newer minor version is
+understood by an older peer.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from edge_teacher.contract.limits import Limits
+
+Dtype = Literal["f16", "f32"]
+FeatureForm = Literal["maps", "pooled", "attention"]
+
+
+class Wire(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of everything on the wire."""
+
+
+class Empty(Wire, frozen=True):
+    """A request or an answer that needs no words."""
+
+
+# ── who is there ─────────────────────────────────────────────────────────────────────────────
+
+
+class State(Wire, frozen=True):
+    """Birth (`online`), and as last will death. Retained on `<device>/state`."""
+
+    online: bool
+    session: str
+    """Changes with every start of the agent: what it held in memory before is gone."""
+    software: str
+    protocol: str
+    since_unix_s: float
+
+
+class TapInfo(Wire, frozen=True):
+    """One feature map a teacher gives."""
+
+    channels: int
+    height: int
+    width: int
+
+
+class TeacherInfo(Wire, frozen=True):
+    """What an owner tells of a teacher. Class names and training data stay with the owner."""
+
+    name: str
+    version: int
+    input_size: tuple[int, int]
+    """(height, width) the network works at; the graph resizes whatever it is given."""
+    taps: dict[str, TapInfo]
+    saliency_tap: str
+    saliency_size: tuple[int, int]
+    saliency_kind: str
+    gives_logits: bool = False
+
+
+class RuntimeInfo(Wire, frozen=True):
+    """What executes the graphs."""
+
+    name: str
+    version: str
+    provider: str
+    threads: int
+
+
+class StudentStatus(Wire, frozen=True):
+    """One deployed task on one device. Versions are 0 where there is none."""
+
+    task: str
+    active_version: int = 0
+    previous_version: int = 0
+    candidate_version: int = 0
+    state: Literal["empty", "downloading", "verified", "active", "failed"] = "empty"
+    problem: str = ""
+    canary_agreement: float | None = None
+    """Share of the canary batch answered as the bundle expects, on this device."""
+    canary_ms_per_image: float | None = None
+    runtime_file: str = ""
+    """Which of the bundle's dialects this device runs."""
+
+
+class Card(Wire, frozen=True):
+    """What a device is and what may be asked of it. Retained on `<device>/card`."""
+
+    device: str
+    bundle: str
+    """SHA-256 of the teacher's bundle: answers of the same bundle may be remembered."""
+    teacher: TeacherInfo
+    runtime: RuntimeInfo
+    limits: Limits
+    students: tuple[StudentStatus, ...] = ()
+
+
+class Telemetry(Wire, frozen=True):
+    """How a device is. QoS 0 on `<device>/telemetry`."""
+
+    uptime_s: float
+    rss_bytes: int
+    load_1min: float
+    temperature_c: float | None = None
+    queued: int = 0
+    answered: int = 0
+    refused: int = 0
+    failed: int = 0
+    images_held: int = 0
+
+
+# ── questions about images ───────────────────────────────────────────────────────────────────
+
+
+class PutImages(Wire, frozen=True):
+    """A piece of a block of images; tensor `data: u8[k]` (k may be 0: "have you got it?").
+
+    `block` is the SHA-256 over the shape and the bytes of `uint8[N, H, W, 3]` (see `image_block_id`).
+    """
+
+    block: str
+    shape: tuple[int, int, int, int]
+    offset: int = 0
+
+
+class Received(Wire, frozen=True):
+    """How much of an upload the device holds; it is whole when `next_offset == total_bytes`."""
+
+    next_offset: int
+    total_bytes: int
+
+
+class SaliencyQuery(Wire, frozen=True):
+    """Answer: tensor `saliency: dtype[N, S, S]` in [0, 1]."""
+
+    block: str
+    dtype: Dtype = "f16"
+
+
+class FeaturesQuery(Wire, frozen=True):
+    """Answer: tensor `features`, `[N, C, h, w]` for maps and `[N, C]` for the pooled forms.
+
+    `attention` pools under the tensor `attention: f16|f32[N, s, s]` that comes with the query.
+    """
+
+    block: str
+    tap: str = ""
+    """Empty: the tap the saliency is computed at."""
+    form: FeatureForm = "maps"
+    dtype: Dtype = "f16"
+
+
+class PredictQuery(Wire, frozen=True):
+    """Asks the active student of `task`. Answer: tensor `logits: f32[N, classes]`."""
+
+    task: str
+    block: str
+
+
+class Answered(Wire, frozen=True):
+    """Goes with the tensors of an answer."""
+
+    compute_ms: float
+    student_version: int = 0
+    classes: tuple[str, ...] = ()
+
+
+# ── students ─────────────────────────────────────────────────────────────────────────────────
+
+
+class StudentOffer(Wire, frozen=True):
+    """A piece of a student bundle; tensor `data: u8[k]`. Answer: StudentOffered."""
+
+    task: str
+    version: int
+    digest: str
+    """SHA-256 of the whole bundle, hexadecimal."""
+    total_bytes: int
+    offset: int = 0
+
+
+class StudentOffered(Wire, frozen=True):
+    received: Received
+    status: StudentStatus
+
+
+class StudentCommand(Wire, frozen=True):
+    """`student.activate` (that version), `student.status` and `student.rollback`. Answer: StudentStatus."""
+
+    task: str
+    version: int = 0
+
+
+# ── transport ────────────────────────────────────────────────────────────────────────────────
+
+
+class Problem(Wire, frozen=True):
+    """The body of every answer whose status is not 200."""
+
+    code: int
+    message: str
+    retry_after_s: float | None = None
+
+
+class Chunk(Wire, frozen=True):
+    """A piece of a frame above 1 MiB; tensor `data: u8[k]`."""
+
+    offset: int
+    total_bytes: int
+    crc32: int
+    sha256: str
+    """Of the whole frame."""
+
+
+class Control(Wire, frozen=True):
+    """On `<device>/ctl`: about the answer with this correlation id."""
+
+    kind: Literal["cancel", "resend", "credit"]
+    correlation: bytes
+    respond_to: str = ""
+    ranges: tuple[tuple[int, int], ...] = ()
+    """For `resend`: (offset, length) of what is missing."""
+    credits: int = 0
+    """For `credit`: how many more chunks the receiver can take."""

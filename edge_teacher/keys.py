@@ -1,0 +1,57 @@
+"""Ed25519 keys: owners sign teachers, coordinators sign students, devices know whom to trust."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+)
+
+from edge_teacher.contract.errors import UsageError
+from edge_teacher.files import write_atomically
+
+
+def key_id(key: Ed25519PublicKey) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of the raw public key."""
+    return hashlib.sha256(key.public_bytes(Encoding.Raw, PublicFormat.Raw)).hexdigest()[:16]
+
+
+def read_private(path: Path) -> Ed25519PrivateKey:
+    """Raises UsageError for anything but a PEM file with an unencrypted Ed25519 private key."""
+    try:
+        key = load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} is no readable private key: {error}") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise UsageError(f"{path} holds a key that is not Ed25519")
+    return key
+
+
+def read_public(path: Path) -> Ed25519PublicKey:
+    """Raises UsageError for anything but a PEM file with an Ed25519 public key."""
+    try:
+        key = load_pem_public_key(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is no readable public key: {error}") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise UsageError(f"{path} holds a key that is not Ed25519")
+    return key
+
+
+def private_key_at(path: Path) -> Ed25519PrivateKey:
+    """The key there; a new one, readable by its owner only, if there is none. `.pub` stands beside it."""
+    if not path.exists():
+        key = Ed25519PrivateKey.generate()
+        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        write_atomically(path, pem, mode=0o600)
+        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        write_atomically(path.with_suffix(".pub"), public)
+    return read_private(path)

@@ -1,0 +1,67 @@
+"""Where the broker is, and what to show it: `mqtt://host:port` or `mqtts://host:port`."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from edge_teacher.contract.errors import UsageError
+
+_PORTS = {"mqtt": 1883, "mqtts": 8883}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrokerAddress:
+    """A broker. With `mqtts`, `ca` verifies it; `certificate` and `key` prove who is connecting."""
+
+    host: str
+    port: int
+    tls: bool = False
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+
+    def __str__(self) -> str:
+        return f"{'mqtts' if self.tls else 'mqtt'}://{self.host}:{self.port}"
+
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """None without TLS. Raises UsageError for a file that cannot be used."""
+        if not self.tls:
+            return None
+        try:
+            context = ssl.create_default_context(cafile=None if self.ca is None else str(self.ca))
+            if self.certificate is not None:
+                context.load_cert_chain(self.certificate, self.key)
+        except OSError as error:  # ssl.SSLError is one
+            files = [str(f) for f in (self.ca, self.certificate, self.key) if f]
+            raise UsageError(f"the TLS files {', '.join(files)} cannot be used: {error}") from error
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        return context
+
+
+def parse_broker(
+    url: str,
+    *,
+    ca: Path | None = None,
+    certificate: Path | None = None,
+    key: Path | None = None,
+) -> BrokerAddress:
+    """Raises UsageError for anything but mqtt[s]://host[:port]."""
+    wanted = f"the broker {url!r} is no address: write mqtt://HOST:PORT or mqtts://HOST:PORT"
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise UsageError(wanted) from error
+    if parts.scheme not in _PORTS or not parts.hostname or parts.path not in ("", "/"):
+        raise UsageError(wanted)
+    return BrokerAddress(
+        host=parts.hostname,
+        port=port or _PORTS[parts.scheme],
+        tls=parts.scheme == "mqtts",
+        ca=ca,
+        certificate=certificate,
+        key=key,
+    )

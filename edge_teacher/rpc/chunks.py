@@ -1,0 +1,62 @@
+"""Frames above 1 MiB travel in pieces: CRC-32 each, SHA-256 over the whole, missing ranges asked again."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from edge_teacher.contract import frame
+from edge_teacher.contract.errors import Malformed, TooLarge
+from edge_teacher.contract.limits import CHUNK_BYTES
+from edge_teacher.contract.messages import Chunk
+
+
+def ranges(total_bytes: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of every chunk of a frame."""
+    for offset in range(0, total_bytes, CHUNK_BYTES):
+        yield offset, min(CHUNK_BYTES, total_bytes - offset)
+
+
+def cut(payload: bytes, offset: int, length: int, sha256: str) -> bytes:
+    """The chunk message for one range of `payload`."""
+    piece = memoryview(payload)[offset : offset + length]
+    header = Chunk(offset=offset, total_bytes=len(payload), crc32=zlib.crc32(piece), sha256=sha256)
+    return frame.encode(header, {"data": np.frombuffer(piece, np.uint8)})
+
+
+class Reassembly:
+    """The receiving side of one chunked frame. Takes memory only for a total it was allowed."""
+
+    def __init__(self, first: Chunk, most_bytes: int) -> None:
+        if first.total_bytes > most_bytes:
+            raise TooLarge(
+                f"the answer has {first.total_bytes} bytes and this side takes {most_bytes}; "
+                "ask about fewer images at once"
+            )
+        self.total_bytes = first.total_bytes
+        self.sha256 = first.sha256
+        self._buffer = bytearray(first.total_bytes)
+        self._missing = dict(ranges(first.total_bytes))
+
+    def add(self, chunk: Chunk, data: frame.Array) -> bool:
+        """Take one chunk; True if it was new. A damaged or foreign one is dropped and stays missing."""
+        if (chunk.total_bytes, chunk.sha256) != (self.total_bytes, self.sha256):
+            return False
+        if self._missing.get(chunk.offset) != data.nbytes or zlib.crc32(data.data) != chunk.crc32:
+            return False
+        self._buffer[chunk.offset : chunk.offset + data.nbytes] = data.data
+        del self._missing[chunk.offset]
+        return True
+
+    @property
+    def missing(self) -> tuple[tuple[int, int], ...]:
+        return tuple(self._missing.items())
+
+    def whole(self) -> bytes:
+        """The frame. Raises Malformed if what the chunks add up to is not what was promised."""
+        if hashlib.sha256(self._buffer).hexdigest() != self.sha256:
+            raise Malformed("the chunks of an answer do not add up to its SHA-256; ask again")
+        return bytes(self._buffer)

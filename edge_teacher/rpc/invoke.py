@@ -1,0 +1,277 @@
+"""The asking side: deadlines, retries with the same correlation id, reassembly of chunked answers."""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import msgspec
+
+from edge_teacher.contract import PROTOCOL, frame, topics
+from edge_teacher.contract.errors import (
+    Busy,
+    Malformed,
+    RpcError,
+    Unreachable,
+    error_from_code,
+)
+from edge_teacher.contract.limits import MIB
+from edge_teacher.contract.messages import Chunk, Control, Problem
+from edge_teacher.rpc.chunks import Reassembly
+from edge_teacher.rpc.transport import Message, Transport
+
+log = logging.getLogger(__name__)
+
+Reply = TypeVar("Reply", bound=msgspec.Struct)
+
+RETRY_S = 5.0
+"""Silence after which a request is sent again, or the missing ranges of an answer are asked for."""
+
+_TICK_S = 0.2
+
+
+@dataclass
+class WireBytes:
+    """Payload bytes, by direction. MQTT's own few bytes per packet are not counted."""
+
+    sent: int = 0
+    received: int = 0
+
+
+@dataclass
+class _Pending:
+    device: str
+    method: str
+    request: Message
+    deadline: float
+    next_try: float
+    future: Future[bytes]
+    parts: Reassembly | None = field(default=None)
+
+
+class Caller:
+    """Asks devices over one Transport. Thread-safe: any number of requests may be outstanding."""
+
+    def __init__(
+        self, transport: Transport, name: str, *, max_answer_bytes: int = 512 * MIB
+    ) -> None:
+        """`name`: the coordinator's id. Raises UsageError for an unusable one."""
+        self.wire: dict[str, dict[str, WireBytes]] = defaultdict(lambda: defaultdict(WireBytes))
+        self._transport = transport
+        self._name = name
+        self._max_answer_bytes = max_answer_bytes
+        self._pending: dict[bytes, _Pending] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        transport.subscribe(topics.responses(name), self._on_response)
+        self._watch = threading.Thread(target=self._watch_deadlines, name="rpc-watch", daemon=True)
+        self._watch.start()
+
+    def submit(
+        self,
+        device: str,
+        method: str,
+        body: msgspec.Struct,
+        tensors: Mapping[str, frame.Array] | None = None,
+        *,
+        timeout_s: float = 60,
+    ) -> Future[bytes]:
+        """Send a request; the future holds the answer's frame, or raises an RpcError."""
+        correlation = secrets.token_bytes(16)
+        request = Message(
+            topic=topics.request(device, method),
+            payload=frame.encode(body, tensors),
+            response_topic=topics.response(self._name, device),
+            correlation=correlation,
+            expiry_s=math.ceil(timeout_s),
+            user={"v": PROTOCOL, "src": self._name},
+        )
+        now = time.monotonic()
+        future: Future[bytes] = Future()
+        pending = _Pending(device, method, request, now + timeout_s, now + RETRY_S, future)
+        with self._lock:
+            if self._closed.is_set():
+                raise Unreachable("this connection is closed")
+            self._pending[correlation] = pending
+        self._send(pending)
+        return future
+
+    def call(
+        self,
+        device: str,
+        method: str,
+        body: msgspec.Struct,
+        tensors: Mapping[str, frame.Array] | None = None,
+        *,
+        answer: type[Reply],
+        timeout_s: float = 60,
+    ) -> tuple[Reply, dict[str, frame.Array]]:
+        """Ask and wait. Raises the RpcError the device sent, or Unreachable."""
+        future = self.submit(device, method, body, tensors, timeout_s=timeout_s)
+        try:
+            # The watch thread ends the future; the margin only guards against a dead thread.
+            return frame.decode(future.result(timeout_s + 5), answer)
+        except FutureTimeout as error:
+            raise Unreachable(f"{device} did not answer {method} in {timeout_s:g} s") from error
+        except BaseException:
+            self._cancel(device, future)
+            raise
+
+    def device_gone(self, device: str, why: str) -> None:
+        """Fail everything asked of a device that will not answer any more."""
+        with self._lock:
+            lost = [p for p in self._pending.values() if p.device == device]
+            for pending in lost:
+                del self._pending[pending.request.correlation]
+        for pending in lost:
+            pending.future.set_exception(
+                Unreachable(f"{device} {why} while it was asked for {pending.method}")
+            )
+
+    def close(self) -> None:
+        self._closed.set()
+        self._watch.join()
+        with self._lock:
+            lost = list(self._pending.values())
+            self._pending.clear()
+        for pending in lost:
+            pending.future.set_exception(Unreachable("the coordinator closed its connection"))
+
+    # ── sending ──────────────────────────────────────────────────────────────────────────────
+
+    def _send(self, pending: _Pending) -> None:
+        self.wire[pending.device][pending.method].sent += len(pending.request.payload)
+        self._transport.publish(pending.request)
+
+    def _control(self, pending: _Pending, control: Control) -> None:
+        payload = frame.encode(control)
+        self.wire[pending.device][pending.method].sent += len(payload)
+        self._transport.publish(
+            Message(topic=topics.control(pending.device), payload=payload, expiry_s=30)
+        )
+
+    def _cancel(self, device: str, future: Future[bytes]) -> None:
+        """Tell the device that nobody waits any more; a future already answered is left alone."""
+        with self._lock:
+            found = next((p for p in self._pending.values() if p.future is future), None)
+            if found is not None:
+                del self._pending[found.request.correlation]
+        if found is not None:
+            request = found.request
+            self._control(
+                found,
+                Control(
+                    kind="cancel",
+                    correlation=request.correlation,
+                    respond_to=request.response_topic,
+                ),
+            )
+
+    # ── receiving, on the connection's thread ────────────────────────────────────────────────
+
+    def _on_response(self, message: Message) -> None:
+        with self._lock:
+            pending = self._pending.get(message.correlation)
+        if pending is None or message.topic != pending.request.response_topic:
+            return
+        self.wire[pending.device][pending.method].received += len(message.payload)
+        try:
+            payload = self._whole(pending, message)
+        except Busy as error:
+            # Within the deadline a busy device is asked again; the answer is all the caller wants.
+            pending.next_try = time.monotonic() + (error.retry_after_s or 1.0)
+        except RpcError as error:
+            self._finish(pending, error)
+        else:
+            if payload is not None:
+                self._finish(pending, payload)
+
+    def _whole(self, pending: _Pending, message: Message) -> bytes | None:
+        """The answer's frame once it is complete. Raises what the device answered instead."""
+        status = message.user.get("status", "")
+        if status == "200":
+            return message.payload
+        if status != "206":
+            problem, _ = frame.decode(message.payload, Problem)
+            raise error_from_code(problem.code, problem.message, problem.retry_after_s)
+        chunk, tensors = frame.decode(message.payload, Chunk)
+        data = frame.tensor(tensors, "data", "u8", None)
+        if pending.parts is None:
+            pending.parts = Reassembly(chunk, self._max_answer_bytes)
+        if not pending.parts.add(chunk, data):
+            return None
+        pending.next_try = time.monotonic() + RETRY_S
+        if pending.parts.missing:
+            request = pending.request
+            self._control(
+                pending,
+                Control(
+                    kind="credit",
+                    correlation=request.correlation,
+                    respond_to=request.response_topic,
+                    credits=1,
+                ),
+            )
+            return None
+        try:
+            return pending.parts.whole()
+        except Malformed:
+            pending.parts = None  # all of it again
+            pending.next_try = 0
+            return None
+
+    def _finish(self, pending: _Pending, outcome: bytes | RpcError) -> None:
+        with self._lock:
+            if self._pending.pop(pending.request.correlation, None) is None:
+                return
+        if isinstance(outcome, RpcError):
+            pending.future.set_exception(outcome)
+        else:
+            pending.future.set_result(outcome)
+
+    # ── time ─────────────────────────────────────────────────────────────────────────────────
+
+    def _watch_deadlines(self) -> None:
+        while not self._closed.wait(_TICK_S):
+            now = time.monotonic()
+            with self._lock:
+                waiting = list(self._pending.values())
+            for pending in waiting:
+                if now >= pending.deadline:
+                    seconds = pending.request.expiry_s
+                    self._finish(
+                        pending,
+                        Unreachable(
+                            f"{pending.device} did not answer {pending.method} within {seconds} s"
+                        ),
+                    )
+                elif now >= pending.next_try:
+                    pending.next_try = now + RETRY_S
+                    self._try_again(pending)
+
+    def _try_again(self, pending: _Pending) -> None:
+        try:
+            if pending.parts is not None and pending.parts.missing:
+                request = pending.request
+                self._control(
+                    pending,
+                    Control(
+                        kind="resend",
+                        correlation=request.correlation,
+                        respond_to=request.response_topic,
+                        ranges=pending.parts.missing[:16],
+                    ),
+                )
+            else:
+                self._send(pending)
+        except RpcError as error:
+            self._finish(pending, error)

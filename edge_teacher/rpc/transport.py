@@ -1,0 +1,71 @@
+"""The one seam to the network. `paho.py` is MQTT; `memory.py` is the same without a socket."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """An MQTT 5 PUBLISH (OASIS MQTT 5.0, section 3.3), as far as the contract uses it."""
+
+    topic: str
+    payload: bytes
+    qos: int = 1
+    retain: bool = False
+    response_topic: str = ""
+    correlation: bytes = b""
+    expiry_s: int | None = None
+    user: Mapping[str, str] = field(default_factory=dict)
+
+
+Handler = Callable[[Message], None]
+
+
+class Transport(Protocol):
+    """A connection to a broker that keeps itself alive.
+
+    Handlers run on the connection's thread and must return at once: anything that computes goes to a
+    worker, or the keepalive starves and the broker hangs up.
+    """
+
+    def subscribe(self, topic_filter: str, handler: Handler) -> None:
+        """Once the broker has granted it; again by itself after every reconnect."""
+        ...
+
+    def on_connect(self, action: Callable[[], None]) -> None:
+        """Run `action` after every successful (re)connection, and now if there is one."""
+        ...
+
+    def publish(self, message: Message) -> None:
+        """Queue for sending; returns at once. Raises TooLarge above the contract's packet size."""
+        ...
+
+    def close(self) -> None:
+        """Send what is queued, disconnect in good order (the will is not sent), end the thread."""
+        ...
+
+
+def matches(topic_filter: str, topic: str) -> bool:
+    """MQTT 5.0 section 4.7: `+` is one level, a final `#` is all further ones, the parent included."""
+    wanted, levels = topic_filter.split("/"), topic.split("/")
+    for i, want in enumerate(wanted):
+        if want == "#":
+            return True
+        if i >= len(levels) or want not in ("+", levels[i]):
+            return False
+    return len(wanted) == len(levels)
+
+
+def deliver(handlers: Iterable[Handler], message: Message) -> None:
+    """Hand `message` over. One bad message must not end the thread that keeps a connection alive."""
+    for handler in handlers:
+        try:
+            handler(message)
+        except Exception:
+            log.exception("a message on %s could not be handled", message.topic)

@@ -1,0 +1,251 @@
+"""The students of a device, by task: offered, verified, proved on a canary batch, active, rolled back."""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from numpy.typing import NDArray
+
+from edge_teacher import bundle as bundles
+from edge_teacher.bundle import Bundle, StudentCard
+from edge_teacher.contract.errors import CheckFailed, FedsaError, NotAllowed, NotFound, TooLarge
+from edge_teacher.contract.images import check_images
+from edge_teacher.contract.messages import Received, StudentOffer, StudentStatus
+from edge_teacher.contract.topics import check_name
+from edge_teacher.runtime import Session, run_in_batches
+from edge_teacher.slots.slot_files import SLOTS, SlotFiles
+
+log = logging.getLogger(__name__)
+
+Load = Callable[[bytes, str], Session]
+"""(graph, name for messages) -> a session on this device's runtime."""
+
+
+@dataclass(frozen=True)
+class ActiveStudent:
+    card: StudentCard
+    session: Session
+
+
+class Students:
+    """Keeps at most two versions per task under `folder`; one of them answers."""
+
+    def __init__(
+        self,
+        folder: Path,
+        trusted: list[Ed25519PublicKey],
+        load: Load,
+        *,
+        dialects: tuple[str, ...],
+        max_bundle_bytes: int,
+    ) -> None:
+        """`dialects`: the graphs this device's runtime can execute, best first."""
+        self._folder = folder
+        self._trusted = trusted
+        self._load = load
+        self._dialects = dialects
+        self._max_bundle_bytes = max_bundle_bytes
+        self._active: dict[str, ActiveStudent] = {}
+        self._status: dict[str, StudentStatus] = {}
+        for task_folder in sorted(folder.glob("*/")):
+            self._restore(task_folder.name)
+
+    def active(self, task: str) -> ActiveStudent:
+        """Raises NotFound where no student answers for `task`."""
+        if task not in self._active:
+            known = ", ".join(sorted(self._active)) or "none"
+            raise NotFound(f"no student for the task {task!r} is active here (active: {known})")
+        return self._active[task]
+
+    def status(self, task: str) -> StudentStatus:
+        return self._status.get(task) or StudentStatus(task=task)
+
+    def statuses(self) -> tuple[StudentStatus, ...]:
+        return tuple(self._status[task] for task in sorted(self._status))
+
+    def offer(self, offer: StudentOffer, data: bytes) -> Received:
+        """Take a piece of a bundle; verify and install it into the free slot once it is whole.
+
+        Raises NotAllowed for a version already passed, TooLarge, and CheckFailed for a bundle that is
+        damaged, not signed by a trusted key, not what the offer said, or unusable on this runtime.
+        """
+        files = self._files(offer.task)
+        whole = Received(next_offset=offer.total_bytes, total_bytes=offer.total_bytes)
+        if self._installed(files, offer):
+            return whole
+        if offer.version <= files.highest:
+            raise NotAllowed(
+                f"version {offer.version} of {offer.task!r} is not newer than {files.highest}, "
+                "which this device has had; raise the version, or ask for student.rollback"
+            )
+        if offer.total_bytes > self._max_bundle_bytes:
+            raise TooLarge(
+                f"a bundle of {offer.total_bytes} bytes exceeds this device's limit of "
+                f"{self._max_bundle_bytes}"
+            )
+        if offer.offset + len(data) > offer.total_bytes:
+            raise CheckFailed(f"the offer of {offer.task!r} sends more bytes than it announced")
+        held = files.append(offer.digest, offer.offset, data)
+        if held < offer.total_bytes:
+            self._note(offer.task, state="downloading", problem="")
+            return Received(next_offset=held, total_bytes=offer.total_bytes)
+        part = files.part(offer.digest)
+        try:
+            found = bundles.read(part, self._trusted)
+            self._check(found, offer)
+        except FedsaError as error:
+            part.unlink()
+            self._note(offer.task, state="failed", problem=str(error))
+            raise
+        part.replace(files.bundle(files.other))
+        files.raise_highest(offer.version)
+        self._note(offer.task, state="verified", candidate_version=offer.version, problem="")
+        return whole
+
+    def activate(self, task: str, version: int) -> None:
+        """Prove the installed `version` on its canary batch, then switch to it.
+
+        Raises NotFound if it is not installed, CheckFailed if it fails: then the old one goes on.
+        """
+        files = self._files(task)
+        for slot in SLOTS:
+            if files.bundle(slot).exists():
+                found = bundles.read(files.bundle(slot), self._trusted)
+                if isinstance(found.card, StudentCard) and found.card.version == version:
+                    self._switch(task, files, slot, found)
+                    return
+        raise NotFound(f"version {version} of {task!r} is not installed here: offer it first")
+
+    def rollback(self, task: str) -> None:
+        """Back to the version before. Raises NotFound if there is none."""
+        files = self._files(task)
+        previous = self.status(task).previous_version
+        if not previous:
+            raise NotFound(f"there is no previous version of {task!r} to go back to")
+        self.activate(task, previous)
+        log.warning("rolled %s back to version %d in slot %s", task, previous, files.active)
+
+    # ── inside ───────────────────────────────────────────────────────────────────────────────
+
+    def _files(self, task: str) -> SlotFiles:
+        return SlotFiles(self._folder / check_name(task))
+
+    def _installed(self, files: SlotFiles, offer: StudentOffer) -> bool:
+        """Whether exactly this bundle is in a slot: a repeated offer has nothing more to send."""
+        status = self.status(offer.task)
+        if offer.version not in (status.active_version, status.candidate_version):
+            return False
+        return any(
+            files.bundle(slot).exists()
+            and bundles.read(files.bundle(slot), self._trusted).digest == offer.digest
+            for slot in SLOTS
+        )
+
+    def _check(self, found: Bundle, offer: StudentOffer) -> StudentCard:
+        card = found.card
+        if not isinstance(card, StudentCard):
+            raise CheckFailed(f"the bundle offered for {offer.task!r} holds no student")
+        if (card.task, card.version, found.digest) != (offer.task, offer.version, offer.digest):
+            raise CheckFailed(
+                f"the bundle is version {card.version} of {card.task!r}, not the version "
+                f"{offer.version} of {offer.task!r} with the digest that was offered"
+            )
+        self._dialect(card)
+        return card
+
+    def _dialect(self, card: StudentCard) -> str:
+        for dialect in self._dialects:
+            if dialect in card.graphs:
+                return dialect
+        raise CheckFailed(
+            f"the student {card.task!r} comes as {', '.join(card.graphs)}; this device's runtime "
+            f"executes {', '.join(self._dialects)}"
+        )
+
+    def _switch(self, task: str, files: SlotFiles, slot: str, found: Bundle) -> None:
+        assert isinstance(found.card, StudentCard)
+        card = found.card
+        dialect = self._dialect(card)
+        try:
+            session = self._load(found.file(card.graphs[dialect]), card.graphs[dialect])
+            agreement, ms_per_image = _canary(found, card, dialect, session)
+            if agreement < card.canary_agreement:
+                raise CheckFailed(
+                    f"version {card.version} of {task!r} answers {agreement:.1%} of its canary "
+                    f"batch as at export, and must answer {card.canary_agreement:.1%}"
+                )
+        except FedsaError as error:
+            self._note(task, state="failed", problem=str(error))
+            raise
+        before = self.status(task).active_version
+        files.switch(slot)
+        self._active[task] = ActiveStudent(card, session)
+        self._status[task] = StudentStatus(
+            task=task,
+            active_version=card.version,
+            previous_version=before if before != card.version else 0,
+            state="active",
+            canary_agreement=agreement,
+            canary_ms_per_image=ms_per_image,
+            runtime_file=card.graphs[dialect],
+        )
+        log.info("%s version %d is active (%s)", task, card.version, dialect)
+
+    def _note(self, task: str, **changes: object) -> None:
+        self._status[task] = msgspec.structs.replace(self.status(task), **changes)
+
+    def _restore(self, task: str) -> None:
+        """After a start: what the link names answers again, once it has proved itself again."""
+        files = self._files(task)
+        slot = files.active
+        if slot is None:
+            return
+        try:
+            self._switch(task, files, slot, bundles.read(files.bundle(slot), self._trusted))
+            other = files.bundle(files.other)
+            if other.exists():
+                card = bundles.read(other, self._trusted).card
+                if isinstance(card, StudentCard):
+                    name = (
+                        "previous"
+                        if card.version < self._active[task].card.version
+                        else "candidate"
+                    )
+                    self._note(task, **{f"{name}_version": card.version})
+        except FedsaError as error:
+            log.warning("the student of %s cannot be restored: %s", task, error)
+            self._note(task, state="failed", problem=str(error))
+
+
+def _canary(
+    found: Bundle, card: StudentCard, dialect: str, session: Session
+) -> tuple[float, float]:
+    """Share of canary images with the expected top-1 class, and milliseconds per image."""
+    images = check_images(_array(found.file(card.canary_images)))
+    expected = _array(found.file(card.canary_logits[dialect]))
+    started = time.perf_counter()
+    logits = run_in_batches(session, images, "logits")
+    elapsed_ms = (time.perf_counter() - started) * 1e3
+    if logits.shape != expected.shape or not np.isfinite(logits).all():
+        raise CheckFailed(
+            f"the student {card.task!r} gives logits {list(logits.shape)} on its canary batch, "
+            f"not finite {list(expected.shape)}"
+        )
+    agreement = float((logits.argmax(1) == expected.argmax(1)).mean())
+    return agreement, elapsed_ms / len(images)
+
+
+def _array(data: bytes) -> NDArray[np.generic]:
+    try:
+        array: NDArray[np.generic] = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise CheckFailed(f"the canary batch cannot be read: {error}") from error
+    return array

@@ -1,0 +1,83 @@
+"""The reverse pass: from a seed on one tensor back to the gradients of others.
+
+For y = f(x), the chain rule hands each node the gradient of its outputs and asks its rule for those of its
+inputs; a tensor read more than once sums what comes back. Only nodes on a path from a wanted tensor to the
+seeded one are visited, so nothing before a tap is differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from export.graph import rules as _rules  # noqa: F401  (importing registers the rules)
+from export.graph.emit import FLOATS, Ops, Value
+from export.graph.errors import UnsupportedOperator
+from export.graph.network import Network
+from export.graph.registry import Step, find, label
+
+
+def gradients(
+    network: Network, ops: Ops, seeds: Mapping[str, Value], wanted: Sequence[str]
+) -> dict[str, Value]:
+    """Gradients of sum(seed * tensor) over `seeds`, with respect to each wanted tensor.
+
+    seeds maps a tensor's name to dL/dtensor, possibly under-broadcast; the result may be under-broadcast too. A
+    wanted tensor that no seed depends on gets zero. Raises UnsupportedOperator.
+    """
+    active = _active(network, seeds, wanted)
+    pending: dict[str, list[Value]] = {name: [seed] for name, seed in seeds.items()}
+    totals: dict[str, Value] = {}
+    for node in reversed(network.nodes):
+        arriving = [_total(ops, pending, name) for name in node.output]
+        totals.update(
+            (name, gradient)
+            for name, gradient in zip(node.output, arriving, strict=True)
+            if gradient and name in wanted
+        )
+        if all(gradient is None for gradient in arriving):
+            continue
+        if not any(name in active for name in node.input):
+            continue
+        rule = find(node)
+        if rule is None:
+            where = f" in domain {node.domain}" if node.domain else ""
+            raise UnsupportedOperator(node.op_type, label(node), f"there is no rule for it{where}")
+        step = Step(node, network, ops, arriving, active)
+        rule(step)
+        for name, gradient in step.given:
+            pending.setdefault(name, []).append(gradient)
+    for name in wanted:
+        if name not in totals:
+            totals[name] = _total(ops, pending, name) or _zero(network, ops, name)
+    return totals
+
+
+def _zero(network: Network, ops: Ops, name: str) -> Value:
+    value = network.value(name)
+    return ops.constant(np.zeros([1] * value.rank), value.dtype)
+
+
+def _active(network: Network, seeds: Mapping[str, Value], wanted: Sequence[str]) -> frozenset[str]:
+    """Floating-point tensors on a path from a wanted tensor to a seeded one."""
+    reached = set(wanted)
+    for node in network.nodes:
+        if any(name in reached for name in node.input):
+            reached.update(
+                name
+                for name in node.output
+                if name and (name not in network.values or network.values[name].dtype in FLOATS)
+            )
+    return frozenset(reached & network.ancestors(seeds))
+
+
+def _total(ops: Ops, pending: dict[str, list[Value]], name: str) -> Value | None:
+    """Everything that arrived at a tensor, summed. Narrow (under-broadcast) parts meet before wide ones."""
+    parts = sorted(pending.pop(name, []), key=lambda part: sum(dim.count for dim in part.shape))
+    if not parts:
+        return None
+    total = parts[0]
+    for part in parts[1:]:
+        total = ops.add(total, part)
+    return total

@@ -1,0 +1,231 @@
+"""A network as the reverse pass sees it: nodes in order, every shape, and which values are constants.
+
+No symbolic inference: the model is run at batch 2 and at batch 3. A size that stays is a constant, one that grows with
+the batch is a multiple of N, and a tensor whose shape is neither is unknown and refused where it is needed.
+The same two runs fold shape arithmetic: what does not depend on the image's pixels and is equal in both
+runs is a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from export.graph.emit import Value
+from export.graph.errors import UnsupportedNetwork
+from export.graph.shapes import Shape, observed
+
+_READS_SHAPE_ONLY = {"Shape", "Size"}
+_FOLD_ELEMENTS = 4096  # a folded constant larger than this would grow the file
+
+
+class Network:
+    """An opset-18 model with one image input, measured.
+
+    Build it with `measure`. `value(name)` gives shape and type of any tensor, `constant(name)` the array of one that
+    does not depend on the pixels or on N.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        input_name: str,
+        values: dict[str, Value],
+        constants: dict[str, NDArray[np.generic]],
+    ) -> None:
+        self.model = model
+        self.input_name = input_name
+        self.values = values
+        self._constants = constants
+        self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.producer = {name: node for node in model.graph.node for name in node.output if name}
+
+    @property
+    def nodes(self) -> list[onnx.NodeProto]:
+        return list(self.model.graph.node)
+
+    def value(self, name: str) -> Value:
+        if name not in self.values:
+            if name not in self._initializers:
+                raise UnsupportedNetwork(
+                    f"the shape of tensor {name!r} is neither constant nor a multiple of the batch size; "
+                    "tap a tensor after it"
+                )
+            tensor = self._initializers[name]
+            from_dims = observed(tensor.dims, tensor.dims)
+            self.values[name] = Value(name, from_dims or (), tensor.data_type)
+        return self.values[name]
+
+    def has(self, name: str) -> bool:
+        return name in self.values or name in self._initializers
+
+    def constant(self, name: str) -> NDArray[np.generic] | None:
+        if name not in self._constants and name in self._initializers:
+            self._constants[name] = numpy_helper.to_array(self._initializers[name])
+        return self._constants.get(name)
+
+    def descendants(self, roots: Iterable[str]) -> set[str]:
+        """Every tensor computed from `roots`, the roots among them."""
+        reached = set(roots)
+        for node in self.model.graph.node:
+            if any(name in reached for name in _reads(node)):
+                reached.update(name for name in node.output if name)
+        return reached
+
+    def ancestors(self, names: Iterable[str]) -> set[str]:
+        """Every tensor `names` are computed from, themselves among them."""
+        reached = set(names)
+        for node in reversed(self.model.graph.node):
+            if any(name in reached for name in node.output):
+                reached.update(name for name in _reads(node) if name)
+        return reached
+
+
+def _reads(node: onnx.NodeProto) -> list[str]:
+    """A node's inputs, and what its subgraphs take from outside."""
+    names = [name for name in node.input if name]
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            inside = {out for child in attribute.g.node for out in child.output}
+            inside |= {info.name for info in attribute.g.input}
+            inside |= {tensor.name for tensor in attribute.g.initializer}
+            names += [
+                name for child in attribute.g.node for name in _reads(child) if name not in inside
+            ]
+    return names
+
+
+def prune(graph: onnx.GraphProto, wanted: Iterable[str]) -> None:
+    """Drop nodes and initialisers that `wanted` do not need, in place."""
+    needed = set(wanted)
+    kept = []
+    for node in reversed(graph.node):
+        if any(name in needed for name in node.output):
+            kept.append(node)
+            needed.update(_reads(node))
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+    initializers = [tensor for tensor in graph.initializer if tensor.name in needed]
+    if len(initializers) < len(graph.initializer):
+        del graph.initializer[:]
+        graph.initializer.extend(initializers)
+
+
+def session(model: onnx.ModelProto, *, optimise: bool = True) -> ort.InferenceSession:
+    """One thread, CPU, silent."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+
+
+def measure(model: onnx.ModelProto, input_name: str, sizes: tuple[int, ...]) -> Network:
+    """Run the model at batch 2 and 3 and learn every shape and every constant.
+
+    `sizes` is the input's shape without the batch. Raises UnsupportedNetwork if the model does not run.
+    """
+    graph = model.graph
+    _lift_constants(graph)
+    made = [name for node in graph.node for name in node.output if name]
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    del probe.graph.output[:], probe.graph.value_info[:]
+    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in made)
+    info = next(info for info in graph.input if info.name == input_name)
+    dtype = helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)
+    generator = np.random.default_rng(0)
+    image = generator.uniform(0, 1, (3, *sizes)).astype(dtype)
+    runs = []
+    try:
+        runner = session(probe, optimise=False)
+        for batch in (2, 3):
+            runs.append(dict(zip(made, runner.run(made, {input_name: image[:batch]}), strict=True)))
+    except Exception as error:
+        raise UnsupportedNetwork(
+            f"ONNX Runtime cannot run the network at batch 2 and 3: {error}"
+        ) from error
+
+    dependent = _pixel_dependent(graph, input_name)
+    values = {input_name: _value(input_name, image[:2], image[:3], info.type.tensor_type.elem_type)}
+    constants: dict[str, NDArray[np.generic]] = {}
+    for name in made:
+        two, three = runs[0][name], runs[1][name]
+        if not isinstance(two, np.ndarray):
+            continue
+        dtype_of = helper.np_dtype_to_tensor_dtype(two.dtype)
+        if (value := _value(name, two, three, dtype_of)) is not None:
+            values[name] = value
+        if name not in dependent and two.shape == three.shape and np.array_equal(two, three):
+            constants[name] = two.copy()
+    runs.clear()
+    known = {name: value for name, value in values.items() if value is not None}
+    _fold(graph, constants)
+    return Network(model, input_name, known, constants)
+
+
+def _value(
+    name: str, two: NDArray[np.generic], three: NDArray[np.generic], dtype: int
+) -> Value | None:
+    shape: Shape | None = observed(two.shape, three.shape)
+    return None if shape is None else Value(name, shape, int(dtype))
+
+
+def _lift_constants(graph: onnx.GraphProto) -> None:
+    """Constant nodes become initialisers: one kind of constant instead of two."""
+    kept = []
+    for node in graph.node:
+        if node.op_type != "Constant":
+            kept.append(node)
+            continue
+        attribute = node.attribute[0]
+        value = helper.get_attribute_value(attribute)
+        if attribute.name == "value":
+            tensor = TensorProto()
+            tensor.CopyFrom(value)
+            tensor.name = node.output[0]
+        elif attribute.name in {"value_float", "value_floats"}:
+            tensor = numpy_helper.from_array(np.asarray(value, np.float32), node.output[0])
+        elif attribute.name in {"value_int", "value_ints"}:
+            tensor = numpy_helper.from_array(np.asarray(value, np.int64), node.output[0])
+        else:
+            kept.append(node)
+            continue
+        graph.initializer.append(tensor)
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _pixel_dependent(graph: onnx.GraphProto, input_name: str) -> set[str]:
+    """Tensors that depend on the image's pixels, and not only on its shape."""
+    reached = {input_name}
+    for node in graph.node:
+        random = node.op_type.startswith("Random") or node.op_type in {"Bernoulli", "Multinomial"}
+        if random or (
+            node.op_type not in _READS_SHAPE_ONLY and any(n in reached for n in _reads(node))
+        ):
+            reached.update(name for name in node.output if name)
+    return reached
+
+
+def _fold(graph: onnx.GraphProto, constants: dict[str, NDArray[np.generic]]) -> None:
+    """Replace nodes whose outputs are all small constants by initialisers."""
+    kept = []
+    for node in graph.node:
+        outputs = [name for name in node.output if name]
+        if all(name in constants and constants[name].size <= _FOLD_ELEMENTS for name in outputs):
+            graph.initializer.extend(
+                numpy_helper.from_array(np.ascontiguousarray(constants[name]), name)
+                for name in outputs
+            )
+        else:
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(kept)
+    prune(graph, {info.name for info in graph.output})

@@ -1,0 +1,93 @@
+"""From any ONNX file to a measured network with a dynamic batch and one known image size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx
+from onnx import TensorProto
+
+from export.graph.emit import FLOATS
+from export.graph.errors import UnsupportedNetwork
+from export.graph.network import Network, measure, prune
+from export.graph.opset import to_opset18
+from export.graph.wrap import InputSpec
+
+_PIXEL_TYPES = FLOATS | {int(TensorProto.UINT8)}
+
+
+def prepare(model: onnx.ModelProto, spec: InputSpec, keep: Iterable[str] | None = None) -> Network:
+    """The network in opset 18, pruned to the tensors in `keep` (default: its outputs), its batch dynamic, measured.
+
+    Raises UnsupportedNetwork for several inputs, no image input, a tensor in `keep` that does not exist, or a
+    network that does not run at batch 2 and 3.
+    """
+    native = to_opset18(model)
+    graph = native.graph
+    image = image_input(graph)
+    made = {name for node in graph.node for name in node.output if name}
+    wanted = [info.name for info in graph.output] if keep is None else list(dict.fromkeys(keep))
+    for name in wanted:
+        if name not in made:
+            raise UnsupportedNetwork(
+                f"the network has no tensor {name!r}; `fedsa export inspect` lists the tensors that can be tapped"
+            )
+    _set_input_shape(image, spec)
+    _drop_annotations(native)
+    del graph.output[:]
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+    prune(graph, wanted)
+    return measure(native, image.name, spec.shape)
+
+
+def image_input(graph: onnx.GraphProto) -> onnx.ValueInfoProto:
+    """The only input of the network; initialisers that old exporters also list as inputs are dropped."""
+    stored = {tensor.name for tensor in graph.initializer}
+    inputs = [info for info in graph.input if info.name not in stored]
+    del graph.input[:]
+    graph.input.extend(inputs)
+    if len(inputs) != 1:
+        names = [info.name for info in inputs]
+        raise UnsupportedNetwork(
+            f"the network has {len(inputs)} inputs {names}; a teacher needs exactly one, an image: "
+            "make constants of the others before exporting"
+        )
+    tensor = graph.input[0].type.tensor_type
+    rank = len(tensor.shape.dim)
+    if tensor.elem_type not in _PIXEL_TYPES or rank != 4:
+        kind = TensorProto.DataType.Name(tensor.elem_type)
+        raise UnsupportedNetwork(
+            f"input {inputs[0].name!r} is {kind} of rank {rank}, not a batch of images (float or uint8 of rank 4)"
+        )
+    return graph.input[0]
+
+
+def _set_input_shape(info: onnx.ValueInfoProto, spec: InputSpec) -> None:
+    """Replace the input's shape by [N, *spec.shape], if that is compatible with what the file says."""
+    dims = info.type.tensor_type.shape.dim
+    said = [
+        dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None for dim in dims
+    ]
+    for position, (have, want) in enumerate(zip(said[1:], spec.shape, strict=True)):
+        if have is not None and have != want:
+            raise UnsupportedNetwork(
+                f"input {info.name!r} has shape {said} (None: free), and the manifest says {[None, *spec.shape]} "
+                f"({spec.layout}, {spec.channels}): axis {position + 1} is {have}, not {want}"
+            )
+    dims[0].Clear()
+    dims[0].dim_param = "N"
+    for dim, size in zip(dims[1:], spec.shape, strict=False):
+        dim.Clear()
+        dim.dim_value = size
+
+
+def _drop_annotations(model: onnx.ModelProto) -> None:
+    """Remove stack traces, doc strings and old shapes: they say where the owner's source lies."""
+    model.ClearField("doc_string")
+    del model.metadata_props[:]
+    graph = model.graph
+    graph.ClearField("doc_string")
+    del graph.value_info[:], graph.metadata_props[:], graph.quantization_annotation[:]
+    for entry in [*graph.node, *graph.initializer, *graph.input]:
+        entry.ClearField("doc_string")
+        del entry.metadata_props[:]

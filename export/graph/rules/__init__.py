@@ -1,0 +1,12 @@
+"""The derivative rules, one module per operator family. Importing this package registers them all."""
+
+from export.graph.rules import (
+    activation,
+    arithmetic,
+    convolution,
+    layout,
+    linear,
+    reduction,
+)
+
+__all__ = ["activation", "arithmetic", "convolution", "layout", "linear", "reduction"]

@@ -1,0 +1,133 @@
+"""What is explained: one scalar per image, made from the network's logits.
+
+The scalar is linear in the logits once the choice of class is made, so its gradient towards them, the *seed*, is a
+one-hot pattern computed from the logits themselves. For a dense head the scalar is a reduction:
+
+    top1        the largest logit (classifiers)
+    mean        the class whose logits are largest on average over all positions, averaged over them (segmentation)
+    best_path   at every position the largest logit, averaged over positions (sequences, OCR)
+    max         the single largest logit of any class at any position (detection)
+
+With a given class, that class takes the place of the largest one.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from export.graph.emit import FLOATS, INT64, Ops, Value
+from export.graph.errors import UnsupportedNetwork
+from export.graph.network import Network
+from export.graph.shapes import BATCH, ONE, Dim, describe
+
+Reduction = Literal["top1", "mean", "best_path", "max"]
+_KEEPS_ORDER = {"Softmax", "LogSoftmax", "Sigmoid", "Identity", "Cast", "ArgMax"}
+
+
+class Target(msgspec.Struct, frozen=True):
+    """Which scalar per image is explained.
+
+    `class_index`: None for the network's own choice. `reduction` and `class_axis`: None to follow the rank of the
+    logits: [N, K] top1; [N, T, K] best_path, axis 2; [N, K, h, w] mean, axis 1.
+    """
+
+    class_index: int | None = None
+    reduction: Reduction | None = None
+    class_axis: int | None = None
+
+
+def find_logits(network: Network, outputs: list[str]) -> str:
+    """The tensor of class scores that the network's outputs are made of, before any softmax, sigmoid or argmax.
+
+    Raises UnsupportedNetwork if there are several, or none.
+    """
+    candidates = []
+    for output in outputs:
+        name = _before_softmax(network, output)
+        if network.has(name) and _has_classes(network.value(name)) and name not in candidates:
+            candidates.append(name)
+    flat = [name for name in candidates if network.value(name).rank == 2]
+    chosen = flat if len(flat) == 1 else candidates
+    if len(chosen) != 1:
+        raise UnsupportedNetwork(
+            f"cannot tell which of the outputs {outputs} holds the logits; name the tensor with `logits`"
+        )
+    return chosen[0]
+
+
+def _has_classes(value: Value) -> bool:
+    long = value.rank >= 2 and max(dim.count for dim in value.shape[1:]) > 1
+    return long and value.shape[0] == BATCH and value.dtype in FLOATS
+
+
+def _before_softmax(network: Network, name: str) -> str:
+    """Walk back over operators that keep the order of the classes."""
+    while (node := network.producer.get(name)) is not None and node.op_type in _KEEPS_ORDER:
+        name = node.input[0]
+    return name
+
+
+def seed(network: Network, ops: Ops, logits: str, target: Target) -> Value:
+    """d(scalar)/d(logits), possibly under-broadcast; the same rank as the logits."""
+    value = network.value(logits)
+    if value.rank < 2 or value.shape[0] != BATCH:
+        raise UnsupportedNetwork(
+            f"logits {logits!r} have shape {describe(value.shape)}; they must start with the batch and have classes"
+        )
+    long_axes = [axis for axis in range(1, value.rank) if value.shape[axis] != ONE]
+    reduction, axis = target.reduction, target.class_axis
+    if axis is None:
+        axis = long_axes[0] if len(long_axes) == 1 else (value.rank - 1 if value.rank == 3 else 1)
+    axis %= value.rank
+    positions = [other for other in long_axes if other != axis]
+    if reduction is None:
+        reduction = "top1" if not positions else ("best_path" if value.rank == 3 else "mean")
+    if reduction == "top1" and positions:
+        raise UnsupportedNetwork(
+            f"logits {logits!r} have shape {describe(value.shape)}: a dense head needs the reduction "
+            "mean, best_path or max"
+        )
+    classes = value.shape[axis].count
+    if target.class_index is not None and not 0 <= target.class_index < classes:
+        raise UnsupportedNetwork(
+            f"class {target.class_index} was asked for, and logits {logits!r} have classes 0 to {classes - 1}"
+        )
+    if reduction == "max":
+        return _strongest(ops, value, target.class_index, axis)
+    scores = value if reduction == "best_path" else ops.reduce("ReduceMean", value, positions)
+    if target.class_index is None:
+        hot = _top(ops, scores, axis)
+    else:
+        index = ops.constant(np.full([1] * value.rank, target.class_index))
+        hot = ops.one_hot(index, classes, axis, value.dtype)
+    count = 1
+    for other in positions:
+        count *= value.shape[other].count
+    return ops.mul(hot, 1 / count)
+
+
+def _top(ops: Ops, scores: Value, axis: int) -> Value:
+    """One-hot of the first largest entry along `axis`."""
+    shape = tuple(ONE if other == axis else dim for other, dim in enumerate(scores.shape))
+    index = ops.emit("ArgMax", [scores], shape, INT64, axis=axis, keepdims=1)
+    return ops.one_hot(index, scores.shape[axis].count, axis, scores.dtype)
+
+
+def _strongest(ops: Ops, value: Value, class_index: int | None, axis: int) -> Value:
+    """One-hot of the first largest entry of the whole tensor, or of one class's slice of it."""
+    if class_index is not None:
+        part = ops.slice(value, axis, class_index, class_index + 1)
+    else:
+        part = value
+    total = 1
+    for dim in part.shape[1:]:
+        total *= dim.count
+    flat = ops.reshape(part, (part.shape[0], Dim(total)))
+    hot = ops.reshape(_top(ops, flat, 1), part.shape)
+    if class_index is None:
+        return hot
+    after = value.shape[axis].count - class_index - 1
+    return ops.pad(hot, axis, class_index, after)
