@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -35,11 +34,19 @@ from export.checks.student import (
     check_parity,
     choose_canary,
 )
-from export.checks.tensorrt import TensorRtVerdict, check_tensorrt, installed_tensorrt
+from export.checks.tensorrt import check_tensorrt, installed_tensorrt
 from export.input_graph import IMAGES, StudentInput, take_uint8_images
 from export.quantise import Dialect, quantise
+from export.student_report import FileReport, StudentReport
 
-__all__ = ["Canary", "StudentFiles", "StudentInput", "StudentReport", "export_student"]
+__all__ = [
+    "Canary",
+    "FileReport",
+    "StudentFiles",
+    "StudentInput",
+    "StudentReport",
+    "export_student",
+]
 
 OPSET = 18
 FP32 = "student.fp32.onnx"
@@ -47,43 +54,6 @@ INT8_CPU = "student.int8.cpu.onnx"
 INT8_TENSORRT = "student.int8.tensorrt.onnx"
 # The upper end of the profile TensorRT is asked with; the device builds its engine with its own.
 _TENSORRT_BATCH = 32
-
-
-class FileReport(msgspec.Struct, frozen=True):
-    """One ONNX file.
-
-    Attributes:
-        bytes: of the file.
-        accuracy: fraction right on the labelled holdout, by ONNX Runtime on the CPU; None without
-            one.
-        agreement: fraction of images on which its top-1 is the FP32 file's, on the holdout, or on
-            the calibration images where there is none.
-    """
-
-    bytes: int
-    accuracy: float | None
-    agreement: float
-
-
-class StudentReport(msgspec.Struct, frozen=True):
-    """What was measured while exporting; travels in the bundle as report.json.
-
-    Attributes:
-        files: by file name.
-        parity_error: of the FP32 file against torch in float64, as a fraction of the largest logit.
-        calibration_images, holdout_images: how many were used.
-        tensorrt: what TensorRT's parser and builder said about the file written for it.
-        software: version by package.
-    """
-
-    classes: tuple[str, ...]
-    parameters: int
-    files: dict[str, FileReport]
-    parity_error: float
-    calibration_images: int
-    holdout_images: int
-    tensorrt: TensorRtVerdict
-    software: dict[str, str]
 
 
 @dataclass(frozen=True)
