@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from coordinator.report import CurvePoint
 
-_MARGIN = (34.0, 14.0, 30.0, 44.0)  # top, right, bottom, left
+_MARGIN = (12.0, 16.0, 42.0, 44.0)  # top, right, bottom, left
 _GLYPH = 6.6  # the width of a small letter, in pixels, for keeping labels apart
 
 
@@ -22,7 +22,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Band:
-    """One stage of the training: from `x` for `width`; `label_y` is None where it has no room."""
+    """One stage of the training: from `x` for `width`, its name at the label's position."""
 
     name: str
     x: float
@@ -41,6 +41,8 @@ class Line:
     end: tuple[float, float]
     last: float
     """Accuracy at the end, a fraction."""
+    label_above: bool
+    """Where its name goes, such that the names of two lines do not meet."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,15 @@ def learning_curves(
         for name, points in curves.items()
     }
     measured = {name: points for name, points in measured.items() if len(points) > 1}
-    if not measured:
+    end = max((seen for points in measured.values() for seen, _ in points), default=0)
+    if not end:
         return None
     top, right, bottom, left = _MARGIN
     stages = _stages(curves.get(staged, ()))
-    rows = _label_rows(stages, width - left - right)
-    top += 15 * max(rows, default=0)
+    labels = _place_labels(stages, width - left - right)
+    top += 15 * (max((row for _, row in labels), default=-1) + 1)
     values = [accuracy for points in measured.values() for _, accuracy in points]
     low, high, step = _nice_range(min(values), max(values))
-    end = max(seen for points in measured.values() for seen, _ in points)
 
     def x(seen: float) -> float:
         return round(left + (width - left - right) * seen / end, 1)
@@ -98,20 +100,21 @@ def learning_curves(
             for i in range(round((high - low) / step) + 1)
         ),
         bands=tuple(
-            Band(name, x(a), round(x(b) - x(a), 1), x(a) + 4, 12 + 15 * row)
-            for (name, a, b), row in zip(stages, rows, strict=True)
+            Band(name, x(a), round(x(b) - x(a), 1), round(left + at, 1), 12 + 15 * row)
+            for (name, a, b), (at, row) in zip(stages, labels, strict=True)
         ),
-        lines=tuple(_line(name, points, x, y, end) for name, points in measured.items()),
+        lines=tuple(_line(name, measured, x, y, end) for name in measured),
     )
 
 
 def _line(
     name: str,
-    points: Sequence[tuple[int, float]],
-    x: "Callable[[float], float]",
-    y: "Callable[[float], float]",
+    measured: Mapping[str, Sequence[tuple[int, float]]],
+    x: Callable[[float], float],
+    y: Callable[[float], float],
     end: int,
 ) -> Line:
+    points = measured[name]
     corners = [f"{x(seen)} {y(accuracy)}" for seen, accuracy in points]
     last_seen, last = points[-1]
     return Line(
@@ -120,31 +123,34 @@ def _line(
         extension="" if last_seen == end else f"M{corners[-1]}H{x(end)}",
         end=(x(last_seen), y(last)),
         last=last,
+        label_above=last >= max(other[-1][1] for other in measured.values()),
     )
 
 
 def _stages(points: Sequence[CurvePoint]) -> list[tuple[str, int, int]]:
-    """(name, first, last images seen); "round 1", "round 2", … are one stage, "rounds"."""
+    """(name, first, last images seen); "round 1", "round 2" are one stage, "2 rounds"."""
     found = []
     start = 0
-    for name, group in groupby(points, key=lambda p: re.sub(r"\s*\d+$", "s", p.stage)):
-        last = max(p.images_seen for p in group)
-        found.append((name, start, last))
+    for name, group in groupby(points, key=lambda p: re.sub(r"\s*\d+$", "", p.stage)):
+        stages = {p.stage: p.images_seen for p in group}
+        last = max(stages.values())
+        found.append((f"{len(stages)} {name}s" if len(stages) > 1 else name, start, last))
         start = last
     return found
 
 
-def _label_rows(stages: Sequence[tuple[str, int, int]], width: float) -> list[int]:
-    """The row of each stage's label, counted from the top, such that none covers another."""
+def _place_labels(stages: Sequence[tuple[str, int, int]], width: float) -> list[tuple[float, int]]:
+    """For each stage's name where it begins, within `width`, and in which row, so that none meet."""
     end = max((last for _, _, last in stages), default=1) or 1
-    rows: list[int] = []
+    placed: list[tuple[float, int]] = []
     free: list[float] = []  # by row, where the next label may begin
     for name, first, _ in stages:
-        at = width * first / end
+        length = _GLYPH * len(name)
+        at = max(0.0, min(width * first / end + 4, width - length))
         row = next((r for r, begin in enumerate(free) if begin <= at), len(free))
-        free[row : row + 1] = [at + _GLYPH * (len(name) + 2)]
-        rows.append(row)
-    return rows
+        free[row : row + 1] = [at + length + 2 * _GLYPH]
+        placed.append((at, row))
+    return placed
 
 
 def _nice_step(step: float) -> float:
@@ -156,7 +162,10 @@ def _nice_step(step: float) -> float:
 def _nice_range(low: float, high: float) -> tuple[float, float, float]:
     """Multiples of a nice step around [low, high], within [0, 1]; and the step."""
     step = _nice_step(max(high - low, 0.05) / 5)
-    return max(0.0, math.floor(low / step) * step), min(1.0, math.ceil(high / step) * step), step
+    low, high = max(0.0, math.floor(low / step) * step), min(1.0, math.ceil(high / step) * step)
+    if high - low < step / 2:
+        low, high = (low - step, high) if low >= step else (low, high + step)
+    return low, high, step
 
 
 def _short(count: float) -> str:

@@ -63,7 +63,7 @@ def heat_uri(saliency: NDArray[np.float32]) -> str:
     ramp = np.linspace(0, 1, _LEVELS)
     picture.putpalette(inferno(ramp).tobytes())
     # Dark veil where nothing is looked at, clear at the shoulder, glowing at the peak.
-    alpha = np.interp(ramp, (0, 0.35, 1), (0.62, 0.42, 0.72))
+    alpha = np.interp(ramp, (0, 0.35, 1), (0.58, 0.32, 0.7))
     return _png_uri(picture, transparency=np.round(alpha * 255).astype(np.uint8).tobytes())
 
 
@@ -74,7 +74,9 @@ def describe(saliency: NDArray[np.float32]) -> str:
     row, column = np.unravel_index(int(saliency.argmax()), saliency.shape)
     vertical = _ROWS[int((row + 0.5) * 3 // saliency.shape[0])]
     horizontal = _COLUMNS[int((column + 0.5) * 3 // saliency.shape[1])]
-    return "centre" if (vertical, horizontal) == ("middle", "centre") else f"{vertical} {horizontal}"
+    return (
+        "centre" if (vertical, horizontal) == ("middle", "centre") else f"{vertical} {horizontal}"
+    )
 
 
 def legend_uri() -> str:

@@ -21,7 +21,7 @@ class TensorRtVerdict(msgspec.Struct, frozen=True):
     Attributes:
         checked: False when no TensorRT was installed; then nothing is known.
         accepted: parsed and built an engine; None when not checked.
-        version: of the TensorRT that was asked.
+        version: which TensorRT was asked.
         detail: the parser's or builder's own words, or what to install.
     """
 
@@ -61,7 +61,7 @@ def check_tensorrt(
     flag = tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
     network = builder.create_network(1 << int(flag))
     parser = tensorrt.OnnxParser(network, log)
-    version = str(tensorrt.__version__)
+    version = f"{tensorrt.__name__} {tensorrt.__version__}"
     if not parser.parse(model):
         said = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
         return TensorRtVerdict(True, False, version, f"the parser refused it: {said}")
