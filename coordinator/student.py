@@ -150,6 +150,16 @@ def predict(student: Student, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     return result
 
 
+@torch.no_grad()
+def pooled_features(student: Student, images: NDArray[np.uint8]) -> Tensor:
+    """What the student's head sees of images uint8[N, H, W, 3]: float[N, features]."""
+    was_training = student.training
+    student.eval()
+    pooled = torch.cat([student.feature_map(batch).mean((2, 3)) for batch in _batches(images)])
+    student.train(was_training)
+    return pooled
+
+
 def _batches(images: NDArray[np.uint8]) -> Iterator[Tensor]:
     for start in range(0, len(images), _BATCH):
         yield torch.from_numpy(images[start : start + _BATCH])

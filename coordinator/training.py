@@ -2,8 +2,8 @@
 
 The order is the method's (Xie et al. 2022): the student is warmed up on the probe set, then for
 some rounds learns from the teachers, selected again every so often as it changes, and at last gets
-a fresh head that is trained on the probe set. The state is on disk after every stage; a run that was
-interrupted goes on from the last finished one and ends with the same weights.
+a fresh head that is trained on the probe set. The state is on disk after every stage; a run that
+was interrupted goes on from the last finished one and ends with the same weights.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from coordinator.amalgamation.aggregation import RoundPlan, run_round
 from coordinator.amalgamation.answers import TeacherAnswers, ask
+from coordinator.amalgamation.heads import fit_task_head
 from coordinator.amalgamation.task import AmalgamationTask, Losses
 from coordinator.augmentation import Jitter
 from coordinator.checkpoints import CurvePoint, RoundSelection, Run
@@ -35,7 +36,14 @@ from coordinator.optimisation import (
 )
 from coordinator.progress import Progress, Silent
 from coordinator.selection import Evidence, select
-from coordinator.student import Student, StudentSpec, accuracy, grad_cam, save_student
+from coordinator.student import (
+    Student,
+    StudentSpec,
+    accuracy,
+    grad_cam,
+    pooled_features,
+    save_student,
+)
 from coordinator.teachers import Teacher
 from edge_teacher.contract.errors import UsageError
 
@@ -288,4 +296,43 @@ def _aggregate(stage: _Stage, number: int, task: AmalgamationTask) -> None:
 
 
 def _fine_tune(stage: _Stage, task: AmalgamationTask) -> None:
-    raise NotImplementedError
+    """A fresh head, then all of the student at a low rate, on the labels of the probe set.
+
+    The head is fitted like a task head, to features that hold still, and so does no harm to them.
+    Every step also keeps up the aggregation's loss on as many transfer images: fifty images of a
+    class would else have the student forget what thousands taught it.
+    """
+    config, probe = stage.config, stage.data.probe
+    student = task.student
+    recipe = config.finetune
+    images, labels = torch.from_numpy(probe.images), torch.from_numpy(probe.labels)
+    generator = stage.generator()
+    steps = recipe.epochs * steps_per_epoch(len(probe), config.batch)
+    stage.progress.begin(stage.name, steps)
+    losses: list[float] = []
+    with stage.run.timed(stage.name):
+        fitted = fit_task_head(
+            pooled_features(student, probe.images),
+            probe.labels,
+            len(probe.classes),
+            pooled_features(student, stage.data.transfer),
+            config.head.folds,
+            config.seed,
+        )
+        fitted.write_to(student.head)
+        student.train()
+        modules = [student, *task.translators(task.weights)]
+        descent = Descent(modules, OneCycle(recipe.rate, steps), config.weight_decay)
+        for epoch in range(1, recipe.epochs + 1):
+            for index in shuffled_batches(len(probe), config.batch, generator):
+                jitter = Jitter.draw(len(index), config.shift, generator)
+                loss = F.cross_entropy(student(jitter.images(images[index])), labels[index])
+                kept = torch.randint(len(task), (config.batch,), generator=generator)
+                jitter = Jitter.draw(len(kept), config.shift, generator)
+                loss = loss + task.loss(student, kept, jitter, task.weights)[0]
+                descent.step(loss)
+                losses.append(float(loss.detach()))
+                stage.progress.advance(losses[-1])
+            if epoch % _MEASURE_EVERY_EPOCHS == 0 or epoch == recipe.epochs:
+                stage.measure(epoch * len(probe), losses, student)
+    stage.finish(**task.nets())

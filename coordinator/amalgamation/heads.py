@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 _ITERATIONS = 200
@@ -37,6 +37,13 @@ class TaskHead:
         """softmax(logits / temperature), float32[N, classes]; below 1 sharpens."""
         x = (features.double() - self.mean) / self.deviation
         return torch.softmax((x @ self.weight + self.bias) / temperature, 1).float()
+
+    @torch.no_grad()
+    def write_to(self, layer: nn.Linear) -> None:
+        """Make `layer` compute these logits, standardisation included."""
+        weight = self.weight / self.deviation[:, None]
+        layer.weight.copy_(weight.T)
+        layer.bias.copy_(self.bias - self.mean @ weight)
 
 
 def fit_task_head(
