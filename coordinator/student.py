@@ -109,6 +109,10 @@ class Student(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.classify(self.feature_map(images))
 
+    def network(self) -> nn.Module:
+        """The same without the normalisation, for export: float[N, 3, H, W] -> logits."""
+        return nn.Sequential(self.stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), self.head)
+
 
 def grad_cam(student: Student, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Where the student looks: images [N, H, W, 3] -> maps [N, h, w] in [0, 1].
