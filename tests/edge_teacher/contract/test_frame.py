@@ -155,11 +155,10 @@ def test_a_damaged_frame_is_malformed_or_still_a_frame(data: st.DataObject) -> N
         payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(st.integers(0, 255))
     try:
         message, tensors = frame.decode(bytes(payload), FeaturesQuery)
-    except Malformed as error:
-        assert str(error)
-    else:
-        assert isinstance(message, FeaturesQuery)
-        assert all(isinstance(array, np.ndarray) for array in tensors.values())
+    except Malformed:
+        return
+    assert isinstance(message, FeaturesQuery)
+    assert all(isinstance(array, np.ndarray) for array in tensors.values())
 
 
 @given(st.binary(max_size=200))
