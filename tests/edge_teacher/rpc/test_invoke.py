@@ -334,9 +334,10 @@ def test_an_abandoned_call_is_cancelled_on_the_device(monkeypatch: pytest.Monkey
             monkeypatch.setattr(future, "result", result)
             return future
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(here.caller, "submit", interrupted)
+        monkeypatch.setattr(here.caller, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
             here.caller.call(DEVICE, "echo", Ask(text="unwanted"), answer=Said)
+        monkeypatch.setattr(here.caller, "submit", submit)
         assert len(controls(here, "cancel")) == 1
         here.device.may_go_on.set()
         assert first.result(10)
