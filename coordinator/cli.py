@@ -47,10 +47,11 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a student from the devices on a broker")
     train.add_argument("--name", help="folder of this run; given again, the run goes on")
     train.add_argument("--task", required=True, help="the student's name on the devices")
-    train.add_argument("--key", type=Path, required=True, help="signs the student (made if missing)")
+    train.add_argument(
+        "--key", type=Path, required=True, help="signs the student (made if missing)"
+    )
     train.add_argument("--deploy", action="store_true", help="install the student on the teachers")
     train.add_argument("--teachers", type=int, default=1, help="wait for so many (default 1)")
-    _broker_options(train)
     train.set_defaults(run=_train)
 
     for command in (demo, train):
@@ -69,7 +70,9 @@ def parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="networks in, signed bundles out")
     kinds = export.add_subparsers(dest="kind", required=True, metavar="KIND")
-    teacher = kinds.add_parser("teacher", help="a torch module, by its manifest, to a teacher bundle")
+    teacher = kinds.add_parser(
+        "teacher", help="a torch module, by its manifest, to a teacher bundle"
+    )
     teacher.add_argument("--manifest", type=Path, required=True)
     teacher.set_defaults(run=_export_teacher)
     student = kinds.add_parser("student", help="a trained student to a bundle with INT8 graphs")
@@ -87,8 +90,12 @@ def parser() -> argparse.ArgumentParser:
     deploy = commands.add_parser("deploy", help="install a student bundle on devices")
     _broker_options(deploy)
     deploy.add_argument("--bundle", type=Path, required=True)
-    deploy.add_argument("--key", type=Path, required=True, help="public key the bundle is signed by")
-    deploy.add_argument("--device", action="append", default=[], help="default: all that are online")
+    deploy.add_argument(
+        "--key", type=Path, required=True, help="public key the bundle is signed by"
+    )
+    deploy.add_argument(
+        "--device", action="append", default=[], help="default: all that are online"
+    )
     deploy.add_argument("--json", action="store_true")
     deploy.set_defaults(run=_deploy)
 
@@ -175,13 +182,23 @@ def _train(options: argparse.Namespace) -> int:
     from edge_teacher.keys import private_key_at
 
     config = load_config(options.config, _settings(options))
-    for key in ("probe", "transfer"):
-        if not getattr(config.data, key):
-            raise UsageError(f"data.{key} is not set: name the images with --data.{key} PATH")
+    for section, key in (("broker", "url"), ("data", "probe"), ("data", "transfer")):
+        if not getattr(getattr(config, section), key):
+            raise UsageError(
+                f"{section}.{key} is not set: name it with --{section}.{key}, or in the file "
+                "given with --config"
+            )
     test = Path(config.data.test) if config.data.test else None
     task = read_task(Path(config.data.probe), Path(config.data.transfer), test)
     timings = Timings()
-    with connect(_address(options), name=options.coordinator) as connection:
+    broker = config.broker
+    address = parse_broker(
+        broker.url,
+        ca=_path(broker.ca),
+        certificate=_path(broker.certificate),
+        key=_path(broker.key),
+    )
+    with connect(address, name=broker.name) as connection:
         devices = connection.fleet.wait(max(1, options.teachers), timeout_s=10)
         folder = options.runs / options.name if options.name else _new_run(options.runs)
         folder.mkdir(parents=True, exist_ok=True)
@@ -290,7 +307,9 @@ def _deploy(options: argparse.Namespace) -> int:
         online = {d.name for d in connection.fleet.wait(max(1, len(options.device)), timeout_s=10)}
         absent = sorted(set(options.device) - online)
         if absent:
-            raise UsageError(f"not online: {', '.join(absent)}; online: {', '.join(sorted(online))}")
+            raise UsageError(
+                f"not online: {', '.join(absent)}; online: {', '.join(sorted(online))}"
+            )
         wanted = options.device or sorted(online)
         done = roll_out(connection.caller, wanted, bundle.card, options.bundle.read_bytes())
     if options.json:
@@ -351,6 +370,10 @@ def _address(options: argparse.Namespace) -> BrokerAddress:
     return parse_broker(
         options.broker, ca=options.ca, certificate=options.certificate, key=options.private_key
     )
+
+
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None
 
 
 def _settings(options: argparse.Namespace) -> Mapping[str, str]:

@@ -31,6 +31,18 @@ class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     test: Annotated[str, Meta(description="labelled images to measure by; empty: none")] = ""
 
 
+class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the devices are met, and with `mqtts://` what to show there."""
+
+    url: Annotated[str, Meta(description="mqtt://HOST:PORT or mqtts://HOST:PORT")] = ""
+    ca: Annotated[str, Meta(description="certificate authority of the broker")] = ""
+    certificate: Annotated[str, Meta(description="the coordinator's certificate")] = ""
+    key: Annotated[str, Meta(description="the coordinator's private key")] = ""
+    name: Annotated[str, Meta(description="the coordinator's id (its certificate's CN)")] = (
+        "coordinator"
+    )
+
+
 class StudentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The network that is trained and deployed."""
 
@@ -109,6 +121,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     batch: Annotated[int, Meta(ge=2, description="images in one step of training")] = 64
     shift: Annotated[int, Meta(ge=0, description="pixels a training image is shifted at most")] = 4
     weight_decay: Annotated[float, Meta(ge=0, description="of every weight, in every step")] = 5e-4
+    broker: BrokerConfig = BrokerConfig()
     data: DataConfig = DataConfig()
     student: StudentConfig = StudentConfig()
     warmup: WarmupConfig = WarmupConfig()
@@ -165,6 +178,11 @@ def config_toml(config: Config) -> str:
 def example_config() -> str:
     """The defaults as a commented TOML file."""
     return config_toml(Config())
+
+
+def config_keys() -> dict[str, str]:
+    """Every key there is, `section.key`, with its meaning."""
+    return {key: _description(field) for key, field in _KEYS.items()}
 
 
 def environment_name(key: str) -> str:

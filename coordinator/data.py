@@ -104,6 +104,18 @@ def read_unlabelled(path: Path) -> Images:
     return _decode(path, list(_image_files(path)))
 
 
+def read_picture(path: Path) -> Images:
+    """One image file as uint8[H, W, 3]. Raises UsageError."""
+    name = PurePosixPath(path.name)
+    if not _is_image(name):
+        raise UsageError(f"{path} is no image; image files end in {', '.join(sorted(_FORMATS))}.")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+    return _decode_one(path.parent, name, content)
+
+
 def _require_size(images: Images, path: Path, probe_images: Images, probe: Path) -> None:
     if images.shape[1:] != probe_images.shape[1:]:
         raise UsageError(

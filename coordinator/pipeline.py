@@ -34,7 +34,7 @@ from coordinator.report import (
     write_report,
 )
 from coordinator.rollout import predict, roll_out
-from coordinator.selection import Selection, common_size, similarities, Evidence
+from coordinator.selection import Evidence, Selection, common_size, similarities
 from coordinator.teachers import AnswerCache, RemoteTeacher
 from coordinator.training import TrainingResult, train
 from edge_teacher.contract.errors import CheckFailed

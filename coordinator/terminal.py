@@ -5,7 +5,14 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 console = Console(stderr=True, highlight=False)
 
@@ -26,14 +33,17 @@ class TerminalProgress:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task: object = None
+        self._task: TaskID | None = None
 
     def __enter__(self) -> TerminalProgress:
         self._bars.start()
         return self
 
     def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _t: TracebackType | None
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _t: TracebackType | None,
     ) -> None:
         self._bars.stop()
 
@@ -45,8 +55,9 @@ class TerminalProgress:
 
     def advance(self, loss: float | None = None) -> None:
         if self._task is not None:
-            shown = {} if loss is None else {"loss": f"loss {loss:.3f}"}
-            self._bars.update(self._task, advance=1, **shown)
+            self._bars.advance(self._task)
+            if loss is not None:
+                self._bars.update(self._task, loss=f"loss {loss:.3f}")
 
     def end(self) -> None:
         if self._task is not None:
