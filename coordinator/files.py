@@ -41,8 +41,8 @@ def load_tensors(path: Path, what: str) -> dict[str, Any]:
     try:
         # weights_only: a checkpoint is data, and must not be able to run code.
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UsageError(f"{path}, {what}, cannot be read: {error.strerror or error}.") from error
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise UsageError(f"{path}, {what}, cannot be read: {error.strerror}.") from error
     except Exception as error:
         raise UsageError(
             f"{path} is not {what}: {type(error).__name__} while reading it."
