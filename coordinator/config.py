@@ -36,8 +36,8 @@ class StudentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     channels: Annotated[
         int,
-        Meta(ge=8, le=256, description="of the first stage; the others have 2 and 4 times as many"),
-    ] = 32
+        Meta(ge=8, le=256, description="of the first stage; the others have 2 and 6 times as many"),
+    ] = 24
 
 
 class WarmupConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -85,9 +85,10 @@ class Student(nn.Module):
             ResidualBlock(c, c),
             ResidualBlock(c, 2 * c, stride=2),
             ResidualBlock(2 * c, 2 * c),
-            ResidualBlock(2 * c, 4 * c, stride=2),
+            # Width costs little on the smallest maps, and is what hints and heads read.
+            ResidualBlock(2 * c, 6 * c, stride=2),
         )
-        self.features = 4 * c
+        self.features = 6 * c
         self.head = nn.Linear(self.features, len(spec.classes))
 
     def normalise(self, images: Tensor) -> Tensor:

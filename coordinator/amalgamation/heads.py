@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _ITERATIONS = 200
-_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0)
+_PENALTIES = (0.03, 0.1, 0.3, 1.0)
 
 
 @dataclass(frozen=True)

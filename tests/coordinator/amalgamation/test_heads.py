@@ -30,7 +30,7 @@ def test_a_head_generalises_and_its_estimate_is_honest() -> None:
 
 
 def test_noise_asks_for_a_stronger_penalty() -> None:
-    assert fit(3.0).penalty > fit(0.1, 30).penalty or fit(3.0).penalty == 1.0
+    assert fit(3.0).penalty > fit(0.4).penalty
 
 
 def test_the_fit_is_the_optimum_of_the_penalised_loss() -> None:

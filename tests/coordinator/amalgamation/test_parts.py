@@ -7,7 +7,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from coordinator.amalgamation.answers import ask
-from coordinator.amalgamation.hints import map_hint, pooled_hint, standardise, unit_scale_maps
+from coordinator.amalgamation.hints import (
+    map_hint,
+    pooled_hint,
+    signed_root,
+    standardise,
+    unit_scale_maps,
+)
 from coordinator.amalgamation.translators import MapTranslator, PooledTranslator
 from edge_teacher.contract.errors import CheckFailed
 from tests.coordinator.local_teacher import coloured_images, random_teacher
@@ -51,15 +57,21 @@ def test_scales_are_brought_to_one_and_dead_channels_survive() -> None:
     assert standard[:, :2].std(0, correction=0).tolist() == pytest.approx([1, 1], abs=1e-4)
 
 
+def test_roots_keep_the_sign() -> None:
+    assert signed_root(torch.tensor([-4.0, 0.0, 9.0])).tolist() == [-2, 0, 3]
+
+
 def test_flips_average_an_image_and_its_mirror() -> None:
     teacher = random_teacher("t", 0)
     plain = ask(teacher, IMAGES[:2], IMAGES, flips=False, maps=False)
     assert teacher.asked == {"saliency": 0, "pooled": 8, "features": 0}
     both = ask(teacher, IMAGES[:2], IMAGES, flips=True, maps=True)
     assert teacher.asked == {"saliency": 0, "pooled": 24, "features": 6}
+    straight = torch.from_numpy(teacher.pooled(IMAGES))
     mirrored = torch.from_numpy(teacher.pooled(np.ascontiguousarray(IMAGES[:, :, ::-1])))
     assert plain.maps_transfer is None
-    assert torch.allclose(both.pooled_transfer, (plain.pooled_transfer + mirrored) / 2)
+    assert torch.allclose(plain.pooled_transfer, straight.sqrt())
+    assert torch.allclose(both.pooled_transfer, ((straight + mirrored) / 2).sqrt())
     assert both.pooled_probe.shape == (2, 12)
     assert both.maps_transfer is not None
     assert both.maps_transfer.shape == (6, 12, 4, 4)
