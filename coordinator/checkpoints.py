@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
-import torch
 from torch import Tensor
 
 from coordinator.config import Config, config_toml
 from coordinator.data import TaskData
-from coordinator.files import write_atomically
+from coordinator.files import load_tensors, save_tensors
 from coordinator.selection import Selection
 from edge_teacher.contract.errors import UsageError
 
@@ -87,7 +85,7 @@ class Run:
         self.record.finished.append(stage)
         self.nets.update(nets)
         state = {"record": msgspec.json.encode(self.record).decode(), "nets": self.nets}
-        write_atomically(_path(self.folder), lambda file: torch.save(state, file))
+        save_tensors(_path(self.folder), state)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -116,24 +114,12 @@ def _path(folder: Path) -> Path:
 
 
 def _read(path: Path) -> tuple[Record, dict[str, State]]:
+    what = "a checkpoint of this version"
+    state = load_tensors(path, what)
     try:
-        # weights_only: a checkpoint is data, and must not be able to run code.
-        state = torch.load(path, map_location="cpu", weights_only=True)
         return msgspec.json.decode(state["record"], type=Record), dict(state["nets"])
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        msgspec.DecodeError,
-        pickle.UnpicklingError,
-    ) as error:
-        raise UsageError(
-            f"{path} is not a checkpoint of this version ({type(error).__name__}: {error}); "
-            "remove it, or name a new folder."
-        ) from error
+    except (KeyError, TypeError, msgspec.DecodeError) as error:
+        raise UsageError(f"{path} is not {what}: {error}; name a new folder.") from error
 
 
 def _difference(there: Record, here: Record, what: str) -> str:

@@ -48,8 +48,8 @@ class StudentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     channels: Annotated[
         int,
-        Meta(ge=8, le=256, description="of the first stage; the others have 2 and 4 times as many"),
-    ] = 32
+        Meta(ge=8, le=256, description="of the first stage; the others have 2 and 6 times as many"),
+    ] = 24
 
 
 class WarmupConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -91,6 +91,10 @@ class AggregationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     flips: Annotated[
         bool, Meta(description="ask for mirrored images too: twice the queries, better features")
     ] = True
+
+    def __post_init__(self) -> None:
+        if not (self.hint_maps or self.hint_pooled or self.soft_targets):
+            raise ValueError("hint_maps, hint_pooled and soft_targets are all 0: nothing to learn")
 
 
 class HeadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -145,8 +149,8 @@ def load_config(
     """
     values: dict[str, Any] = {}
     if path is not None:
-        _require_known(_read_toml(path), f"in {path}")
         values = _read_toml(path)
+        _require_known(values, f"in {path}")
         _convert(values, f"in {path}")
     for origin, texts in (
         ("in the environment", _from_environment(os.environ if environ is None else environ)),
@@ -267,7 +271,9 @@ def _parse(key: str, text: str, origin: str) -> Any:
     try:
         return msgspec.convert(text, _KEYS[key].type, strict=False)
     except msgspec.ValidationError as error:
-        raise UsageError(f"{key} {origin} is {text!r}: {_sentence(error)}") from error
+        raise UsageError(
+            f"{key} {origin} is {text!r}: {_sentence(error)} ({_description(_KEYS[key])})."
+        ) from error
 
 
 def _convert(values: dict[str, Any], origin: str) -> Config:
@@ -276,23 +282,17 @@ def _convert(values: dict[str, Any], origin: str) -> Config:
     except msgspec.ValidationError as error:
         where = re.search(r"`\$\.?([^`]*)`", str(error))
         key = where.group(1) if where else "the configuration"
-        raise UsageError(f"{key} {origin}: {_sentence(error)}") from error
+        meaning = f" ({_description(_KEYS[key])})" if key in _KEYS else ""
+        raise UsageError(f"{key} {origin}: {_sentence(error)}{meaning}.") from error
 
 
 def _sentence(error: msgspec.ValidationError) -> str:
-    return str(error).split(" - at ")[0].replace("`", "").replace("Expected", "it must be") + "."
+    return str(error).split(" - at ")[0].replace("`", "").replace("Expected", "it must be")
 
 
 def _description(field: msgspec.structs.FieldInfo) -> str:
-    info = msgspec.inspect.type_info(field.type)
-    description = (
-        (info.extra_json_schema or {}).get("description")
-        if isinstance(info, msgspec.inspect.Metadata)
-        else None
-    )
-    for meta in getattr(field.type, "__metadata__", ()):
-        description = meta.description or description
-    return description or field.name
+    metas = getattr(field.type, "__metadata__", ())
+    return next((meta.description for meta in metas if meta.description), field.name)
 
 
 def _first_line(struct: msgspec.Struct) -> str:

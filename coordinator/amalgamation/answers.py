@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coordinator.amalgamation.hints import unit_scale_maps
+from coordinator.amalgamation.hints import signed_root, unit_scale_maps
 from coordinator.teachers import Teacher
 from edge_teacher.contract.errors import CheckFailed
 
@@ -18,7 +18,7 @@ from edge_teacher.contract.errors import CheckFailed
 class TeacherAnswers:
     """One teacher's features of the probe and the transfer images, in the order of the images.
 
-    pooled_probe [P, C] and pooled_transfer [U, C], float32. maps_transfer [U, C, h, w] of unit
+    pooled_probe [P, C] and pooled_transfer [U, C], float32, as signed roots. maps_transfer [U, C, h, w] of unit
     scale, float16 because it is the one thing here that can be large; None if not asked for.
     """
 
@@ -50,11 +50,12 @@ def ask(
 
 def _pooled(teacher: Teacher, images: NDArray[np.uint8], flips: bool) -> Tensor:
     answer = _checked(teacher, teacher.pooled(images), len(images), 2, "pooled features")
+    pooled = torch.from_numpy(answer)
     if flips:
         mirrored = np.ascontiguousarray(images[:, :, ::-1])
         other = _checked(teacher, teacher.pooled(mirrored), len(images), 2, "pooled features")
-        return torch.from_numpy(answer).add(torch.from_numpy(other)).div(2)
-    return torch.from_numpy(answer)
+        pooled = (pooled + torch.from_numpy(other)) / 2
+    return signed_root(pooled)
 
 
 def _maps(teacher: Teacher, images: NDArray[np.uint8]) -> Tensor:

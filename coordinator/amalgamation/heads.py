@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _ITERATIONS = 200
-_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0)
+_PENALTIES = (0.03, 0.1, 0.3, 1.0)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _fit_path(
             optimiser.zero_grad()
             value = F.cross_entropy(x @ weight + bias, y) + penalty / 2 * weight.square().sum()
             value.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
-            return float(value)
+            return float(value.detach())
 
         optimiser.step(loss)  # type: ignore[no-untyped-call]  # nor for this
         fits.append((weight.detach().clone(), bias.detach().clone()))

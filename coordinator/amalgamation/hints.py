@@ -38,6 +38,15 @@ def unit_scale_maps(maps: Tensor) -> Tensor:
     return maps / maps.square().mean().sqrt().clamp_min(_EPSILON)
 
 
+def signed_root(pooled: Tensor) -> Tensor:
+    """sign(x) sqrt(|x|), elementwise.
+
+    A pooled ReLU channel is near zero for most images and large for a few. Its root is closer to
+    what squares and logistic regression take for granted; heads on it were about one point better.
+    """
+    return pooled.sign() * pooled.abs().sqrt()
+
+
 def standardise(pooled: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, deviation) of each channel of pooled features [N, C], the deviation never zero."""
     return pooled.mean(0), pooled.std(0, correction=0).clamp_min(_EPSILON)

@@ -122,7 +122,9 @@ class AmalgamationTask:
         if self.soft is not None:
             soft_part = F.cross_entropy(student.head(pooled), self.soft[index])
             total = total + self.config.soft_targets * soft_part
-        return total, Losses(float(total), *map(_value, (maps_part, pooled_part, soft_part)))
+        return total, Losses(
+            float(total.detach()), *map(_value, (maps_part, pooled_part, soft_part))
+        )
 
     def nets(self) -> dict[str, nn.Module]:
         """The trainable parts by name; their states are the task's checkpoint."""
@@ -185,4 +187,4 @@ def _standard_pooled(answers: TeacherAnswers) -> Tensor:
 
 
 def _value(part: Tensor | None) -> float | None:
-    return None if part is None else float(part)
+    return None if part is None else float(part.detach())
