@@ -50,11 +50,12 @@ class _Recipe:
 
 
 _RECIPES = {
-    # Seven-bit weights: without VNNI, AVX2 adds pairs of u8·s8 products in a saturating 16-bit
-    # lane, and only |weight| <= 64 keeps 2·255·64 below 32,768. It costs half a step of weight
-    # precision and makes the answers of an AVX2, a VNNI and an Arm device the same.
-    # `session.x64quantprecision` would do so too, but only where whoever opens the session knows to
-    # set it.
+    # Seven-bit weights: without VNNI, AVX2 adds pairs of u8·s8 products in a saturating 16-bit lane,
+    # and only |weight| <= 64 keeps 2·255·64 below 32,768. Measured on such a CPU, a residual net of
+    # 0.35 M parameters, CIFAR-10: top-1 as FP32's on 98.6 % of 2,000 images (94.5 % with eight bits,
+    # logits off by up to 2.4 of a spread of 23), accuracy 69.5 % (68.9 %; FP32 69.6 %). It also makes
+    # AVX2, VNNI and Arm devices answer alike. `session.x64quantprecision` avoids the saturation too,
+    # but only where whoever opens the session knows to set it.
     Dialect.CPU: _Recipe(QuantType.QUInt8, None, seven_bit_weights=True),
     # Only what feeds a weighted op is quantised: TensorRT then fuses convolution, bias, ReLU and
     # the next Q into one INT8 kernel, and its parser never meets a Q/DQ pair on a bias (refused) or
