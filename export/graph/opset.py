@@ -28,8 +28,8 @@ Rewrite = Callable[["_Rewriter", Node], list[Node]]
 def to_opset18(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of `model` in opset 18 with local functions inlined; the argument is left alone.
 
-    Raises UnsupportedNetwork for a model without the default operator domain, and UnsupportedOperator for an operator
-    or attribute that opset 18 cannot say.
+    Raises UnsupportedNetwork for a model without the default operator domain, and UnsupportedOperator for an
+    operator or attribute that opset 18 cannot say.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -41,8 +41,8 @@ def to_opset18(model: onnx.ModelProto) -> onnx.ModelProto:
             copy = version_converter.convert_version(copy, _OLDEST_NATIVE)
         except Exception as error:
             raise UnsupportedNetwork(
-                f"the model uses opset {version}, and onnx cannot convert it to opset {_OLDEST_NATIVE} ({error}); "
-                "export it again with opset 18"
+                f"the model uses opset {version}, and onnx cannot convert it "
+                f"to opset {_OLDEST_NATIVE} ({error}); export it again with opset 18"
             ) from error
         version = _version(copy)
     if version != TARGET:
@@ -132,7 +132,7 @@ def _take(node: Node, name: str) -> onnx.AttributeProto | None:
 
 
 def _list_becomes_input(name: str, position: int) -> Rewrite:
-    """An integer list moved from attribute `name` to input `position` (ReduceSum 13, Squeeze 13, ReduceMean 18 …)."""
+    """An integer list moved from attribute `name` to input `position` (Squeeze 13, ReduceMean 18 …)."""
 
     def rewrite(rewriter: _Rewriter, node: Node) -> list[Node]:
         attribute = _take(node, name)
@@ -156,7 +156,7 @@ def _split(rewriter: _Rewriter, node: Node) -> list[Node]:
 
 
 def _flattening_softmax(rewriter: _Rewriter, node: Node) -> list[Node]:
-    """Before 13, Softmax flattened to two axes at `axis` (default 1) and normalised over the whole second one."""
+    """Before 13, Softmax flattened to two axes at `axis` (default 1) and normalised over the second."""
     attribute = _take(node, "axis")
     axis = attribute.i if attribute else 1
     rank = rewriter.rank(node.input[0])

@@ -1,8 +1,8 @@
-"""Convolutions. The gradient towards the input of a convolution is the transposed convolution with the same weights.
+"""Convolutions. A convolution's input gradient is the transposed convolution with the same weights.
 
-Along one axis y[o] = sum_k w[k] x[s o + d k - p], so dx[i] = sum over (o, k) with s o + d k - p = i of w[k] dy[o]:
-a ConvTranspose with the same stride, dilation, groups and pads. It yields (O - 1) s + (K - 1) d + 1 - p - p' values,
-up to s - 1 fewer than x has where the stride left some over; `output_padding` adds exactly those.
+Along one axis y[o] = sum_k w[k] x[s o + d k - p], so dx[i] = sum over (o, k) with s o + d k - p = i of w[k]
+dy[o]: a ConvTranspose with the same stride, dilation, groups and pads. It yields (O - 1) s + (K - 1) d + 1 - p
+- p' values, up to s - 1 fewer than x has where the stride left some over; `output_padding` adds exactly those.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def geometry(step: Step, kernel: list[int]) -> Geometry:
     auto = step.attribute("auto_pad", "NOTSET")
     if auto in {"SAME_UPPER", "SAME_LOWER"}:
         for axis in range(rank):
-            size, out = step.x().shape[2 + axis].count, step.y().shape[2 + axis].count
+            size, out = step.x().shape[2 + axis].size, step.y().shape[2 + axis].size
             reach = (kernel[axis] - 1) * dilations[axis] + 1
             total = max(0, (out - 1) * strides[axis] + reach - size)
             small = total // 2
@@ -53,10 +53,10 @@ def conv(step: Step) -> None:
     if step.wants(1):
         step.refuse("its weights are computed from the image")
     x, w, y = step.x(0), step.x(1), step.y()
-    window = geometry(step, [dim.count for dim in w.shape[2:]])
+    window = geometry(step, [dim.size for dim in w.shape[2:]])
     group = step.attribute("group", 1)
-    sizes = [dim.count for dim in x.shape[2:]]
-    outs = [dim.count for dim in y.shape[2:]]
+    sizes = [dim.size for dim in x.shape[2:]]
+    outs = [dim.size for dim in y.shape[2:]]
     left_over = [
         size - ((out - 1) * stride + window.reach(axis) - window.begin[axis] - window.end[axis])
         for axis, (size, out, stride) in enumerate(zip(sizes, outs, window.strides, strict=True))

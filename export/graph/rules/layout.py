@@ -1,6 +1,7 @@
 """Operators that move numbers without changing them: Reshape and kin, Transpose, Concat, Split, Slice, Gather …
 
-The gradient moves the same way back; numbers that were dropped get zero, numbers that were repeated get the sum.
+The gradient moves the same way back; numbers that were dropped get zero, numbers that were repeated get the
+sum.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ def identity(step: Step) -> None:
 def reshape(step: Step) -> None:
     """The same numbers in row-major order under another shape, so dx is dy under x's shape.
 
-    Axes are matched in groups of equal element count; a group on which dy is under-broadcast everywhere stays so.
+    Axes are matched in groups of equal element count; a group on which dy is under-broadcast everywhere stays
+    so.
     """
     x, y, dy = step.x(), step.y(), step.dy
     groups = aligned_groups(y.shape, x.shape)

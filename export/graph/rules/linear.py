@@ -1,7 +1,7 @@
 """Matrix products: MatMul, Gemm, Einsum.
 
-For Y = A B: dA = dY B^T and dB = A^T dY. Batch axes broadcast, so each is summed back to its operand. An axis of dY
-that is under-broadcast stays so unless the product sums over it.
+For Y = A B: dA = dY B^T and dB = A^T dY. Batch axes broadcast, so each is summed back to its operand. An axis
+of dY that is under-broadcast stays so unless the product sums over it.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def reduce_mean(step: Step) -> None:
     for axis in axes:
         if step.x().shape[axis].batched:
             step.refuse("it averages over the batch, so the images are not independent")
-        count *= step.x().shape[axis].count
+        count *= step.x().shape[axis].size
     step.give(0, step.ops.mul(kept(step, step.dy, axes), 1 / count))
 
 
@@ -48,5 +48,5 @@ def global_average_pool(step: Step) -> None:
     """y = mean of x over all spatial axes, so dx = dy / (number of pixels) at every pixel."""
     count = 1
     for dim in step.x().shape[2:]:
-        count *= dim.count
+        count *= dim.size
     step.give(0, step.ops.mul(step.dy, 1 / count))
