@@ -62,6 +62,13 @@ def parser() -> argparse.ArgumentParser:
         for key, description in config_keys().items():
             settings.add_argument(f"--{key}", metavar="VALUE", help=description)
 
+    config = commands.add_parser("config", help="print every setting with its default, as TOML")
+    config.set_defaults(run=_config)
+
+    key = commands.add_parser("key", help="make an Ed25519 key pair, or show the one there is")
+    key.add_argument("--out", type=Path, required=True, help="the private key; .pub beside it")
+    key.set_defaults(run=_key)
+
     devices = commands.add_parser("devices", help="who is on the broker")
     _broker_options(devices)
     devices.add_argument("--wait", type=float, default=1.0, help="seconds to listen (default 1)")
@@ -220,6 +227,23 @@ def _train(options: argparse.Namespace) -> int:
                 timings,
             )
     _finish(report, folder, options)
+    return 0
+
+
+def _config(_options: argparse.Namespace) -> int:
+    from coordinator.config import example_config
+
+    sys.stdout.write(example_config())
+    return 0
+
+
+def _key(options: argparse.Namespace) -> int:
+    from edge_teacher.keys import key_id, private_key_at
+
+    key = private_key_at(options.out)
+    stdout.print(
+        f"{options.out}: key {key_id(key.public_key())}; devices need {options.out.stem}.pub"
+    )
     return 0
 
 

@@ -108,8 +108,8 @@ def learning_curves(
 def _line(
     name: str,
     points: Sequence[tuple[int, float]],
-    x: "Callable[[float], float]",
-    y: "Callable[[float], float]",
+    x: Callable[[float], float],
+    y: Callable[[float], float],
     end: int,
 ) -> Line:
     corners = [f"{x(seen)} {y(accuracy)}" for seen, accuracy in points]

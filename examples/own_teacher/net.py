@@ -1,6 +1,6 @@
 """An owner's network, as small as it can be: trained here in seconds, so that there are weights.
 
-    python examples/own_teacher/net.py        # writes weights.pt beside this file
+python examples/own_teacher/net.py        # writes weights.pt beside this file
 """
 
 from __future__ import annotations
