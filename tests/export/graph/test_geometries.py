@@ -21,14 +21,20 @@ QUICK = settings(
 )
 
 
-def single(op: str, x: tuple[int, ...], inputs: dict[str, np.ndarray | None], **attributes: object) -> ModelProto:
+def single(
+    op: str, x: tuple[int, ...], inputs: dict[str, np.ndarray | None], **attributes: object
+) -> ModelProto:
     names = ["x", *(name if array is not None else "" for name, array in inputs.items())]
     graph = helper.make_graph(
         [helper.make_node(op, names, ["y"], **attributes)],
         "single",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *x])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(array, name) for name, array in inputs.items() if array is not None],
+        [
+            numpy_helper.from_array(array, name)
+            for name, array in inputs.items()
+            if array is not None
+        ],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
 
@@ -71,7 +77,9 @@ def test_conv(data: st.DataObject) -> None:
     if data.draw(st.sampled_from([False, False, False, True])):
         del attributes["pads"]
         if max(attributes["dilations"]) == 1:
-            attributes["auto_pad"] = data.draw(st.sampled_from(["SAME_UPPER", "SAME_LOWER", "VALID"]))
+            attributes["auto_pad"] = data.draw(
+                st.sampled_from(["SAME_UPPER", "SAME_LOWER", "VALID"])
+            )
     w = random(group * each, 4 // group, *attributes["kernel_shape"])
     judge(single("Conv", (4, *spatial), {"w": w}, group=group, **attributes), (4, *spatial))
 
@@ -84,7 +92,10 @@ def test_conv_transpose(data: st.DataObject) -> None:
     group = data.draw(st.sampled_from([1, 2, 4]))
     spatial = tuple(n // 2 for n in sizes(data.draw, rank))
     attributes["output_padding"] = [data.draw(st.integers(0, s - 1)) for s in attributes["strides"]]
-    reach = [(k - 1) * d + 1 for k, d in zip(attributes["kernel_shape"], attributes["dilations"], strict=True)]
+    reach = [
+        (k - 1) * d + 1
+        for k, d in zip(attributes["kernel_shape"], attributes["dilations"], strict=True)
+    ]
     match data.draw(st.integers(0, 5)):
         case 0:
             del attributes["pads"]
@@ -98,7 +109,9 @@ def test_conv_transpose(data: st.DataObject) -> None:
                 for n, s, r in zip(spatial, attributes["strides"], reach, strict=True)
             ]
     w = random(4, 2, *attributes["kernel_shape"])
-    judge(single("ConvTranspose", (4, *spatial), {"w": w}, group=group, **attributes), (4, *spatial))
+    judge(
+        single("ConvTranspose", (4, *spatial), {"w": w}, group=group, **attributes), (4, *spatial)
+    )
 
 
 @settings(QUICK, max_examples=120)
@@ -106,7 +119,9 @@ def test_conv_transpose(data: st.DataObject) -> None:
 def test_max_pool(data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, 2))
     attributes = data.draw(window(rank))
-    assume(all(p < k for p, k in zip(attributes["pads"], attributes["kernel_shape"] * 2, strict=True)))
+    assume(
+        all(p < k for p, k in zip(attributes["pads"], attributes["kernel_shape"] * 2, strict=True))
+    )
     spatial = sizes(data.draw, rank)
     attributes["ceil_mode"] = data.draw(st.integers(0, 1))
     narrow = data.draw(st.sampled_from([(), (2,), tuple(range(2, 2 + rank))]))
@@ -119,7 +134,9 @@ def test_average_pool(data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, 2))
     attributes = data.draw(window(rank))
     del attributes["dilations"]
-    assume(all(p < k for p, k in zip(attributes["pads"], attributes["kernel_shape"] * 2, strict=True)))
+    assume(
+        all(p < k for p, k in zip(attributes["pads"], attributes["kernel_shape"] * 2, strict=True))
+    )
     spatial = sizes(data.draw, rank)
     attributes["ceil_mode"] = data.draw(st.integers(0, 1))
     attributes["count_include_pad"] = data.draw(st.integers(0, 1))
@@ -133,7 +150,15 @@ def test_resize(data: st.DataObject) -> None:
     spatial = sizes(data.draw, 2)
     mode = data.draw(st.sampled_from(["nearest", "linear", "cubic"]))
     transform = data.draw(
-        st.sampled_from(["half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric", "half_pixel_symmetric"])
+        st.sampled_from(
+            [
+                "half_pixel",
+                "pytorch_half_pixel",
+                "align_corners",
+                "asymmetric",
+                "half_pixel_symmetric",
+            ]
+        )
     )
     attributes: dict[str, object] = {"mode": mode, "coordinate_transformation_mode": transform}
     if mode == "nearest":
@@ -145,7 +170,10 @@ def test_resize(data: st.DataObject) -> None:
         inputs["scales"] = np.asarray([1, 1, data.draw(scale), data.draw(scale)], np.float32)
     else:
         out = st.integers(1, 20)
-        inputs |= {"scales": None, "sizes": np.asarray([3, data.draw(out), data.draw(out)], np.int64)}
+        inputs |= {
+            "scales": None,
+            "sizes": np.asarray([3, data.draw(out), data.draw(out)], np.int64),
+        }
         attributes["axes"] = [1, 2, 3]
     narrow = data.draw(st.sampled_from([(), (), (2,), (2, 3)]))
     judge(single("Resize", (3, *spatial), inputs, **attributes), (3, *spatial), narrow)
