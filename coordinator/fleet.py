@@ -44,6 +44,11 @@ class Fleet:
             found = [Device(name, self._states[name], self._cards[name]) for name in known]
         return [d for d in found if d.state.online or not online_only]
 
+    def wait_for_change(self, timeout_s: float) -> None:
+        """Until any device says anything new, or the time is over."""
+        with self._changed:
+            self._changed.wait(timeout_s)
+
     def wait(self, at_least: int, timeout_s: float) -> list[Device]:
         """Until so many devices are online. Raises Unreachable if they are not in time."""
         end = time.monotonic() + timeout_s

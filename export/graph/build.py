@@ -33,15 +33,16 @@ def build_teacher_graph(
 ) -> onnx.ModelProto:
     """A teacher of opset 18: `images: uint8[N, H, W, 3]`, any N, H, W, to features and saliency.
 
-    taps maps a tap's name to the tensor of the network it names. `saliency_tap` is the one Grad-CAM and Eigen-CAM look
-    at (default: the only one); the gradient kinds look at the network's input and need none. `logits` names the
-    class scores (default: found, see `find_logits`), `target` the scalar that is explained, `layout` where the
-    saliency tap has channels and pixels (default: inferred, see `infer_layout`).
+    taps maps a tap's name to the tensor of the network it names. `saliency_tap` is the one Grad-CAM and
+    Eigen-CAM look at (default: the only one); the gradient kinds look at the network's input and need none.
+    `logits` names the class scores (default: found, see `find_logits`), `target` the scalar that is explained,
+    `layout` where the saliency tap has channels and pixels (default: inferred, see `infer_layout`).
 
-    Outputs: `features.<tap>` as the network computes them; `saliency: float32[N, h, w]` in [0, 1] at the resolution
-    of the tap (of the network's input for the gradient kinds); `logits` only if `publish_logits`.
+    Outputs: `features.<tap>` as the network computes them; `saliency: float32[N, h, w]` in [0, 1] at the
+    resolution of the tap (of the network's input for the gradient kinds); `logits` only if `publish_logits`.
 
-    Raises UnsupportedNetwork, and UnsupportedOperator where a derivative is needed through a node without a rule.
+    Raises UnsupportedNetwork, and UnsupportedOperator where a derivative is needed through a node without a
+    rule.
     """
     outputs = [] if logits else [info.name for info in model.graph.output]
     network = prepare(model, spec, keep=[*taps.values(), *([logits] if logits else outputs)])
@@ -123,7 +124,7 @@ def nearest_tap(network: Network, scores: str, image: tuple[int, int], after: st
                 gradients(network, trial, {scores: network.value(scores)}, [name])
             except UnsupportedNetwork:
                 continue
-            return name
+            return str(name)
     return None
 
 
@@ -166,7 +167,7 @@ def _assemble(
                 name,
                 TensorProto.FLOAT if name == "saliency" else value.dtype,
                 [
-                    "N" if dim.batched and dim.count == 1 else None if dim.batched else dim.count
+                    "N" if dim.batched and dim.size == 1 else None if dim.batched else dim.size
                     for dim in value.shape
                 ],
             )

@@ -184,10 +184,10 @@ class Ops:
             raise ValueError(f"cannot reshape {describe(x.shape)} to {describe(shape)}")
         if sum(dim.batched for dim in shape) > 1:
             raise UnsupportedNetwork(
-                f"tensor {x.name!r} would need the shape {describe(shape)}, which depends on the batch size twice; "
-                "tap a tensor after it"
+                f"tensor {x.name!r} would need the shape {describe(shape)}, which depends on the batch "
+                "size twice; tap a tensor after it"
             )
-        sizes = [-1 if dim.batched else dim.count for dim in shape]
+        sizes = [-1 if dim.batched else dim.size for dim in shape]
         return self.emit("Reshape", [x, self.constant(sizes)], shape)
 
     def expand(self, x: Value, like: Value, axes: Sequence[int] | None = None) -> Value:
@@ -198,7 +198,7 @@ class Ops:
             return x
         shape = tuple(like.shape[a] if a in grown else dim for a, dim in enumerate(x.shape))
         if not any(like.shape[axis].batched for axis in grown):
-            sizes = [like.shape[a].count if a in grown else 1 for a in range(x.rank)]
+            sizes = [like.shape[a].size if a in grown else 1 for a in range(x.rank)]
             return self.emit("Expand", [x, self.constant(sizes)], shape)
         # Only the running graph knows N: take it from the tensor that has it.
         target = self.emit("Shape", [like], fixed([like.rank]), INT64)
@@ -209,7 +209,7 @@ class Ops:
 
     def slice(self, x: Value, axis: int, start: int, end: int, step: int = 1) -> Value:
         """`x[start:end:step]` along one axis of constant size, 0 <= start < end."""
-        size = x.shape[axis].count
+        size = x.shape[axis].size
         if (start, step) == (0, 1) and end >= size:
             return x
         length = len(range(start, min(end, size), step))
@@ -232,14 +232,14 @@ class Ops:
             return x
         pads = [0] * (2 * x.rank)
         pads[axis], pads[axis + x.rank] = before, after
-        shape = (*x.shape[:axis], Dim(x.shape[axis].count + before + after), *x.shape[axis + 1 :])
+        shape = (*x.shape[:axis], Dim(x.shape[axis].size + before + after), *x.shape[axis + 1 :])
         return self.emit("Pad", [x, self.constant(pads), self.constant(0, x.dtype)], shape)
 
     def concat(self, parts: Sequence[Value], axis: int) -> Value:
         if len(parts) == 1:
             return parts[0]
         sizes = [part.shape[axis] for part in parts]
-        total = Dim(sum(dim.count for dim in sizes), sizes[0].batched)
+        total = Dim(sum(dim.size for dim in sizes), sizes[0].batched)
         shape = (*parts[0].shape[:axis], total, *parts[0].shape[axis + 1 :])
         return self.emit("Concat", parts, shape, axis=axis)
 

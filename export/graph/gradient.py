@@ -74,7 +74,7 @@ def _active(network: Network, seeds: Mapping[str, Value], wanted: Sequence[str])
 
 def _total(ops: Ops, pending: dict[str, list[Value]], name: str) -> Value | None:
     """Everything that arrived at a tensor, summed. Narrow (under-broadcast) parts meet before wide ones."""
-    parts = sorted(pending.pop(name, []), key=lambda part: sum(dim.count for dim in part.shape))
+    parts = sorted(pending.pop(name, []), key=lambda part: sum(dim.size for dim in part.shape))
     if not parts:
         return None
     total = parts[0]

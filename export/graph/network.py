@@ -1,9 +1,9 @@
 """A network as the reverse pass sees it: nodes in order, every shape, and which values are constants.
 
-No symbolic inference: the model is run at batch 2 and at batch 3. A size that stays is a constant, one that grows with
-the batch is a multiple of N, and a tensor whose shape is neither is unknown and refused where it is needed.
-The same two runs fold shape arithmetic: what does not depend on the image's pixels and is equal in both
-runs is a constant.
+No symbolic inference: the model is run at batch 2 and at batch 3. A size that stays is a constant, one that
+grows with the batch is a multiple of N, and a tensor whose shape is neither is unknown and refused where it is
+needed. The same two runs fold shape arithmetic: what does not depend on the image's pixels and is equal in
+both runs is a constant.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _FOLD_ELEMENTS = 4096  # a folded constant larger than this would grow the file
 class Network:
     """An opset-18 model with one image input, measured.
 
-    Build it with `measure`. `value(name)` gives shape and type of any tensor, `constant(name)` the array of one that
-    does not depend on the pixels or on N.
+    Build it with `measure`. `value(name)` gives shape and type of any tensor, `constant(name)` the array of
+    one that does not depend on the pixels or on N.
     """
 
     def __init__(
@@ -142,11 +142,12 @@ def measure(model: onnx.ModelProto, input_name: str, sizes: tuple[int, ...]) -> 
     dtype = helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)
     generator = np.random.default_rng(0)
     image = generator.uniform(0, 1, (3, *sizes)).astype(dtype)
-    runs = []
     try:
         runner = session(probe, optimise=False)
-        for batch in (2, 3):
-            runs.append(dict(zip(made, runner.run(made, {input_name: image[:batch]}), strict=True)))
+        runs = [
+            dict(zip(made, runner.run(made, {input_name: image[:batch]}), strict=True))
+            for batch in (2, 3)
+        ]
     except Exception as error:
         raise UnsupportedNetwork(
             f"ONNX Runtime cannot run the network at batch 2 and 3: {error}"

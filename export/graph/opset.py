@@ -8,6 +8,7 @@ rewrite below; everything else only gained element types. A model older than 11 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,8 +29,8 @@ Rewrite = Callable[["_Rewriter", Node], list[Node]]
 def to_opset18(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of `model` in opset 18 with local functions inlined; the argument is left alone.
 
-    Raises UnsupportedNetwork for a model without the default operator domain, and UnsupportedOperator for an operator
-    or attribute that opset 18 cannot say.
+    Raises UnsupportedNetwork for a model without the default operator domain, and UnsupportedOperator for an
+    operator or attribute that opset 18 cannot say.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -41,12 +42,11 @@ def to_opset18(model: onnx.ModelProto) -> onnx.ModelProto:
             copy = version_converter.convert_version(copy, _OLDEST_NATIVE)
         except Exception as error:
             raise UnsupportedNetwork(
-                f"the model uses opset {version}, and onnx cannot convert it to opset {_OLDEST_NATIVE} ({error}); "
-                "export it again with opset 18"
+                f"the model uses opset {version}, and onnx cannot convert it "
+                f"to opset {_OLDEST_NATIVE} ({error}); export it again with opset 18"
             ) from error
         version = _version(copy)
-    if version != TARGET:
-        _Rewriter(copy, version).rewrite(copy.graph)
+    _Rewriter(copy, version).rewrite(copy.graph)
     for entry in copy.opset_import:
         if entry.domain in {"", "ai.onnx"}:
             entry.version = TARGET
@@ -88,6 +88,8 @@ class _Rewriter:
     def _one(self, node: Node) -> list[Node]:
         if node.domain not in {"", "ai.onnx"}:
             return [node]
+        if node.op_type == "GroupNormalization":
+            return _group_norm(self, node)
         table = _UPGRADES if self.version < TARGET else _DOWNGRADES
         since, rewrite = table.get(node.op_type, (0, None))
         if rewrite and (self.version < since if self.version < TARGET else self.version >= since):
@@ -132,7 +134,7 @@ def _take(node: Node, name: str) -> onnx.AttributeProto | None:
 
 
 def _list_becomes_input(name: str, position: int) -> Rewrite:
-    """An integer list moved from attribute `name` to input `position` (ReduceSum 13, Squeeze 13, ReduceMean 18 …)."""
+    """An integer list moved from attribute `name` to input `position` (Squeeze 13, ReduceMean 18 …)."""
 
     def rewrite(rewriter: _Rewriter, node: Node) -> list[Node]:
         attribute = _take(node, name)
@@ -156,7 +158,7 @@ def _split(rewriter: _Rewriter, node: Node) -> list[Node]:
 
 
 def _flattening_softmax(rewriter: _Rewriter, node: Node) -> list[Node]:
-    """Before 13, Softmax flattened to two axes at `axis` (default 1) and normalised over the whole second one."""
+    """Before 13, Softmax flattened to two axes at `axis` (default 1) and normalised over the second."""
     attribute = _take(node, "axis")
     axis = attribute.i if attribute else 1
     rank = rewriter.rank(node.input[0])
@@ -260,6 +262,46 @@ def _gelu(rewriter: _Rewriter, node: Node) -> list[Node]:
     else:
         inner = op("Erf", op("Mul", x, number(0.5**0.5)))
     op("Mul", op("Mul", x, number(0.5)), op("Add", inner, number(1.0)), out=y)
+    return nodes
+
+
+def _group_norm(rewriter: _Rewriter, node: Node) -> list[Node]:
+    """Instance normalisation of [N, groups, …]; per-group scale before 21, per-channel since.
+
+    At every opset, because TensorRT and older runtimes do not know the operator.
+    """
+    x, scale, bias = node.input
+    groups = next(a.i for a in node.attribute if a.name == "num_groups")
+    epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
+    nodes: list[Node] = []
+
+    def op(kind: str, *inputs: str, out: str | None = None, **attributes: Any) -> str:
+        name = out or rewriter.name(node, kind)
+        nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
+        return name
+
+    def integers(numbers: list[int]) -> str:
+        nodes.append(rewriter.integers(node, "shape", numbers))
+        return str(nodes[-1].output[0])
+
+    def same(value: float) -> str:
+        array = np.full(groups, value, np.float32)
+        name = rewriter.name(node, "same")
+        nodes.append(
+            helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array, name))
+        )
+        return op("CastLike", name, x)
+
+    per_channel = rewriter.version >= 21
+    flat = op("Reshape", x, integers([0, 0, -1]))
+    inner = (same(1.0), same(0.0)) if per_channel else (scale, bias)
+    grouped = op("Reshape", flat, integers([0, groups, -1]))
+    unit = op("InstanceNormalization", grouped, *inner, epsilon=epsilon)
+    y = op("Reshape", unit, op("Shape", flat))
+    if per_channel:
+        last = integers([1])
+        y = op("Add", op("Mul", y, op("Unsqueeze", scale, last)), op("Unsqueeze", bias, last))
+    op("Reshape", y, op("Shape", x), out=node.output[0])
     return nodes
 
 

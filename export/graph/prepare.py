@@ -17,7 +17,7 @@ _PIXEL_TYPES = FLOATS | {int(TensorProto.UINT8)}
 
 
 def prepare(model: onnx.ModelProto, spec: InputSpec, keep: Iterable[str] | None = None) -> Network:
-    """The network in opset 18, pruned to the tensors in `keep` (default: its outputs), its batch dynamic, measured.
+    """The network in opset 18, pruned to `keep` (default: its outputs), its batch dynamic, measured.
 
     Raises UnsupportedNetwork for several inputs, no image input, a tensor in `keep` that does not exist, or a
     network that does not run at batch 2 and 3.
@@ -30,7 +30,8 @@ def prepare(model: onnx.ModelProto, spec: InputSpec, keep: Iterable[str] | None 
     for name in wanted:
         if name not in made:
             raise UnsupportedNetwork(
-                f"the network has no tensor {name!r}; `fedsa export inspect` lists the tensors that can be tapped"
+                f"the network has no tensor {name!r}; "
+                "`fedsa export inspect` lists the tensors that can be tapped"
             )
     _set_input_shape(image, spec)
     _drop_annotations(native)
@@ -52,14 +53,16 @@ def image_input(graph: onnx.GraphProto) -> onnx.ValueInfoProto:
             f"the network has {len(inputs)} inputs {names}; a teacher needs exactly one, an image: "
             "make constants of the others before exporting"
         )
-    tensor = graph.input[0].type.tensor_type
+    image: onnx.ValueInfoProto = graph.input[0]
+    tensor = image.type.tensor_type
     rank = len(tensor.shape.dim)
     if tensor.elem_type not in _PIXEL_TYPES or rank != 4:
         kind = TensorProto.DataType.Name(tensor.elem_type)
         raise UnsupportedNetwork(
-            f"input {inputs[0].name!r} is {kind} of rank {rank}, not a batch of images (float or uint8 of rank 4)"
+            f"input {inputs[0].name!r} is {kind} of rank {rank}, not a batch of images "
+            "(float or uint8 of rank 4)"
         )
-    return graph.input[0]
+    return image
 
 
 def _set_input_shape(info: onnx.ValueInfoProto, spec: InputSpec) -> None:
@@ -71,8 +74,9 @@ def _set_input_shape(info: onnx.ValueInfoProto, spec: InputSpec) -> None:
     for position, (have, want) in enumerate(zip(said[1:], spec.shape, strict=True)):
         if have is not None and have != want:
             raise UnsupportedNetwork(
-                f"input {info.name!r} has shape {said} (None: free), and the manifest says {[None, *spec.shape]} "
-                f"({spec.layout}, {spec.channels}): axis {position + 1} is {have}, not {want}"
+                f"input {info.name!r} has shape {said} (None: free), and the manifest says "
+                f"{[None, *spec.shape]} ({spec.layout}, {spec.channels}): "
+                f"axis {position + 1} is {have}, not {want}"
             )
     dims[0].Clear()
     dims[0].dim_param = "N"

@@ -1,8 +1,8 @@
 """The table of derivative rules, and what one rule is given.
 
-A rule is a function registered for one or more operators. It receives a `Step`, reads the forward tensors and the
-gradients of the outputs from it, and gives back one gradient per input that asks for one. `coverage()` lists
-every operator with the module that covers it.
+A rule is a function registered for one or more operators. It receives a `Step`, reads the forward tensors and
+the gradients of the outputs from it, and gives back one gradient per input that asks for one. `coverage()`
+lists every operator with the module that covers it.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def label(node: onnx.NodeProto) -> str:
 class Step:
     """One node of the network, seen from the reverse pass.
 
-    `active` names the tensors whose gradient is wanted. `give(i, g)` hands back the gradient of input i: it has the
-    rank of that input, and along each axis the input's size or 1 (the same value all along).
+    `active` names the tensors whose gradient is wanted. `give(i, g)` hands back the gradient of input i: it
+    has the rank of that input, and along each axis the input's size or 1 (the same value all along).
     """
 
     node: onnx.NodeProto

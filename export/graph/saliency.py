@@ -1,10 +1,10 @@
 """Saliency maps from gradients and feature maps.
 
-Grad-CAM (Selvaraju et al., 2017) at a feature map A with channels c and pixels u:
-`alpha_c = mean_u dy/dA_c(u)`, `M = relu(sum_c alpha_c A_c)`, min-max normalised per image; a flat map becomes zeros.
-Input gradient (Simonyan et al., 2014): `M = max_c |dy/dx_c|`. Gradient times input (Shrikumar et al., 2016):
-`M = |sum_c x_c dy/dx_c|`. Eigen-CAM (Muhammad & Yeasin, 2020): the projection of A on its first principal direction;
-no gradient and no class.
+Grad-CAM (Selvaraju et al., 2017) at a feature map A with channels c and pixels u: `alpha_c = mean_u
+dy/dA_c(u)`, `M = relu(sum_c alpha_c A_c)`, min-max normalised per image; a flat map becomes zeros. Input
+gradient (Simonyan et al., 2014): `M = max_c |dy/dx_c|`. Gradient times input (Shrikumar et al., 2016): `M =
+|sum_c x_c dy/dx_c|`. Eigen-CAM (Muhammad & Yeasin, 2020): the projection of A on its first principal
+direction; no gradient and no class.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _POWER_STEPS = 12
 class MapLayout(msgspec.Struct, frozen=True):
     """Where channels and pixels are in a tapped tensor.
 
-    `axes` is "NCHW", "NHWC" or "NTC" (tokens). For tokens the first `skip` (class and register tokens) are no pixels,
-    and the others are `size` = (h, w) in row-major order.
+    `axes` is "NCHW", "NHWC" or "NTC" (tokens). For tokens the first `skip` (class and register tokens) are no
+    pixels, and the others are `size` = (h, w) in row-major order.
     """
 
     axes: Literal["NCHW", "NHWC", "NTC"]
@@ -37,14 +37,14 @@ class MapLayout(msgspec.Struct, frozen=True):
 def infer_layout(shape: Shape, name: str, image: tuple[int, int]) -> MapLayout:
     """The layout of a tap of this shape in a network with an image of (H, W).
 
-    [N, C, h, w] unless only the first two sizes have the image's aspect; [N, T, C] with T = h w tokens, or up to
-    eight more in front. Raises UnsupportedNetwork if nothing fits.
+    [N, C, h, w] unless only the first two sizes have the image's aspect; [N, T, C] with T = h w tokens, or up
+    to eight more in front. Raises UnsupportedNetwork if nothing fits.
     """
     if shape[:1] != (BATCH,) or any(dim.batched for dim in shape[1:]):
         raise UnsupportedNetwork(
             f"tap {name!r} has shape {describe(shape)}, which does not start with the batch"
         )
-    sizes = [dim.count for dim in shape[1:]]
+    sizes = [dim.size for dim in shape[1:]]
     height, width = image
     if len(sizes) == 3:
         first, second = (sizes[0], sizes[1]), (sizes[1], sizes[2])
@@ -60,8 +60,8 @@ def infer_layout(shape: Shape, name: str, image: tuple[int, int]) -> MapLayout:
                     if _same_aspect(size, image) and min(size) > 1:
                         return MapLayout("NTC", size, skip)
     raise UnsupportedNetwork(
-        f"tap {name!r} has shape {describe(shape)}, which is neither a map [N, C, h, w] nor tokens [N, T, C] of an image "
-        f"of {height} x {width}; say which with `layout`"
+        f"tap {name!r} has shape {describe(shape)}, which is neither a map [N, C, h, w] nor "
+        f"tokens [N, T, C] of an image of {height} x {width}; say which with `layout`"
     )
 
 
@@ -104,7 +104,7 @@ def of_input(ops: Ops, x: Value, gradient: Value, kind: Kind, channel_axis: int)
         flat = ops.unary("Abs", ops.reduce("ReduceSum", ops.mul(gradient, x), [channel_axis]))
     else:
         flat = ops.reduce("ReduceMax", ops.unary("Abs", ops.expand(gradient, x)), [channel_axis])
-    size = tuple(dim.count for axis, dim in enumerate(x.shape) if axis not in (0, channel_axis))
+    size = tuple(dim.size for axis, dim in enumerate(x.shape) if axis not in (0, channel_axis))
     return _finish(ops, flat, (size[0], size[1]))
 
 
@@ -117,7 +117,7 @@ def _pixels(ops: Ops, x: Value, layout: MapLayout) -> Value:
     narrow = [x.shape[axis] == ONE for axis in spatial]
     if any(narrow) and not all(narrow):  # the mean over an under-broadcast axis is the value itself
         x = ops.reduce("ReduceMean", x, spatial)
-    pixels = Dim(prod(x.shape[axis].count for axis in spatial))
+    pixels = Dim(prod(x.shape[axis].size for axis in spatial))
     if layout.axes == "NCHW":
         return ops.reshape(x, (x.shape[0], x.shape[1], pixels))
     return ops.reshape(x, (x.shape[0], pixels, x.shape[3]))

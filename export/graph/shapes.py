@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 
 class Dim(NamedTuple):
-    """`count`, or `count * N` where `batched`."""
+    """`size`, or `size * N` where `batched`."""
 
-    count: int
+    size: int
     batched: bool = False
 
     def __str__(self) -> str:
-        return (f"{self.count}N" if self.count > 1 else "N") if self.batched else str(self.count)
+        return (f"{self.size}N" if self.size > 1 else "N") if self.batched else str(self.size)
 
 
 Shape = tuple[Dim, ...]
@@ -37,7 +37,7 @@ def describe(shape: Shape) -> str:
 
 
 def observed(at_two: Sequence[int], at_three: Sequence[int]) -> Shape | None:
-    """The shape that is `at_two` for N = 2 and `at_three` for N = 3; None if no constant or multiple of N is."""
+    """The shape that is `at_two` for N = 2 and `at_three` for N = 3; None if nothing simple is."""
     if len(at_two) != len(at_three):
         return None
     dims = []
@@ -62,7 +62,7 @@ def broadcast(*shapes: Shape) -> Shape:
 
 def elements(dims: Sequence[Dim]) -> tuple[int, int]:
     """(constant factor, power of N) of the number of elements."""
-    return prod(dim.count for dim in dims), sum(dim.batched for dim in dims)
+    return prod(dim.size for dim in dims), sum(dim.batched for dim in dims)
 
 
 def aligned_groups(a: Shape, b: Shape) -> list[tuple[range, range]] | None:

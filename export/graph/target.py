@@ -1,12 +1,12 @@
 """What is explained: one scalar per image, made from the network's logits.
 
-The scalar is linear in the logits once the choice of class is made, so its gradient towards them, the *seed*, is a
-one-hot pattern computed from the logits themselves. For a dense head the scalar is a reduction:
+The scalar is linear in the logits once the choice of class is made, so its gradient towards them, the *seed*,
+is a one-hot pattern computed from the logits themselves. For a dense head the scalar is a reduction:
 
-    top1        the largest logit (classifiers)
-    mean        the class whose logits are largest on average over all positions, averaged over them (segmentation)
-    best_path   at every position the largest logit, averaged over positions (sequences, OCR)
-    max         the single largest logit of any class at any position (detection)
+    top1        the largest logit (classifiers) mean        the class whose logits are largest on average over
+    all positions, averaged over them (segmentation) best_path   at every position the largest logit, averaged
+    over positions (sequences, OCR) max         the single largest logit of any class at any position
+    (detection)
 
 With a given class, that class takes the place of the largest one.
 """
@@ -30,8 +30,8 @@ _KEEPS_ORDER = {"Softmax", "LogSoftmax", "Sigmoid", "Identity", "Cast", "ArgMax"
 class Target(msgspec.Struct, frozen=True):
     """Which scalar per image is explained.
 
-    `class_index`: None for the network's own choice. `reduction` and `class_axis`: None to follow the rank of the
-    logits: [N, K] top1; [N, T, K] best_path, axis 2; [N, K, h, w] mean, axis 1.
+    `class_index`: None for the network's own choice. `reduction` and `class_axis`: None to follow the rank of
+    the logits: [N, K] top1; [N, T, K] best_path, axis 2; [N, K, h, w] mean, axis 1.
     """
 
     class_index: int | None = None
@@ -59,7 +59,7 @@ def find_logits(network: Network, outputs: list[str]) -> str:
 
 
 def _has_classes(value: Value) -> bool:
-    long = value.rank >= 2 and max(dim.count for dim in value.shape[1:]) > 1
+    long = value.rank >= 2 and max(dim.size for dim in value.shape[1:]) > 1
     return long and value.shape[0] == BATCH and value.dtype in FLOATS
 
 
@@ -75,7 +75,8 @@ def seed(network: Network, ops: Ops, logits: str, target: Target) -> Value:
     value = network.value(logits)
     if value.rank < 2 or value.shape[0] != BATCH:
         raise UnsupportedNetwork(
-            f"logits {logits!r} have shape {describe(value.shape)}; they must start with the batch and have classes"
+            f"logits {logits!r} have shape {describe(value.shape)}; they must start "
+            "with the batch and have classes"
         )
     long_axes = [axis for axis in range(1, value.rank) if value.shape[axis] != ONE]
     reduction, axis = target.reduction, target.class_axis
@@ -90,7 +91,7 @@ def seed(network: Network, ops: Ops, logits: str, target: Target) -> Value:
             f"logits {logits!r} have shape {describe(value.shape)}: a dense head needs the reduction "
             "mean, best_path or max"
         )
-    classes = value.shape[axis].count
+    classes = value.shape[axis].size
     if target.class_index is not None and not 0 <= target.class_index < classes:
         raise UnsupportedNetwork(
             f"class {target.class_index} was asked for, and logits {logits!r} have classes 0 to {classes - 1}"
@@ -105,7 +106,7 @@ def seed(network: Network, ops: Ops, logits: str, target: Target) -> Value:
         hot = ops.one_hot(index, classes, axis, value.dtype)
     count = 1
     for other in positions:
-        count *= value.shape[other].count
+        count *= value.shape[other].size
     return ops.mul(hot, 1 / count)
 
 
@@ -113,21 +114,20 @@ def _top(ops: Ops, scores: Value, axis: int) -> Value:
     """One-hot of the first largest entry along `axis`."""
     shape = tuple(ONE if other == axis else dim for other, dim in enumerate(scores.shape))
     index = ops.emit("ArgMax", [scores], shape, INT64, axis=axis, keepdims=1)
-    return ops.one_hot(index, scores.shape[axis].count, axis, scores.dtype)
+    return ops.one_hot(index, scores.shape[axis].size, axis, scores.dtype)
 
 
 def _strongest(ops: Ops, value: Value, class_index: int | None, axis: int) -> Value:
     """One-hot of the first largest entry of the whole tensor, or of one class's slice of it."""
+    part = value
     if class_index is not None:
         part = ops.slice(value, axis, class_index, class_index + 1)
-    else:
-        part = value
     total = 1
     for dim in part.shape[1:]:
-        total *= dim.count
+        total *= dim.size
     flat = ops.reshape(part, (part.shape[0], Dim(total)))
     hot = ops.reshape(_top(ops, flat, 1), part.shape)
     if class_index is None:
         return hot
-    after = value.shape[axis].count - class_index - 1
+    after = value.shape[axis].size - class_index - 1
     return ops.pad(hot, axis, class_index, after)

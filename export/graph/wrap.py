@@ -20,11 +20,11 @@ _ANY = Dim(
 
 
 class InputSpec(msgspec.Struct, frozen=True):
-    """How the network wants its images: `(pixel * scale - mean) / std`, pixels 0-255, per channel of the network.
+    """How the network wants its images: `(pixel * scale - mean) / std`, pixels 0-255, per channel.
 
-    size: (H, W) in pixels. Images of another size are resized linearly, half-pixel centres, no antialiasing: exactly
-    torch's `F.interpolate(mode="bilinear", align_corners=False)`. mean and std have one number per channel, or
-    one for all. scale is 1/255 for a network trained on 0-1, 1 for one trained on 0-255.
+    size: (H, W) in pixels. Images of another size are resized linearly, half-pixel centres, no antialiasing:
+    exactly torch's `F.interpolate(mode="bilinear", align_corners=False)`. mean and std have one number per
+    channel, or one for all. scale is 1/255 for a network trained on 0-1, 1 for one trained on 0-255.
     """
 
     size: tuple[int, int]
@@ -39,7 +39,8 @@ class InputSpec(msgspec.Struct, frozen=True):
         for name, numbers in (("mean", self.mean), ("std", self.std)):
             if len(numbers) not in (1, count):
                 raise UnsupportedNetwork(
-                    f"{name} has {len(numbers)} numbers; a {self.channels} network takes {count}, or one for all"
+                    f"{name} has {len(numbers)} numbers; a {self.channels} network takes {count}, "
+                    "or one for all"
                 )
         if min(self.size) < 1 or min(np.abs(self.std)) == 0 or self.scale == 0:
             raise UnsupportedNetwork(

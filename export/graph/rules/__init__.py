@@ -6,7 +6,22 @@ from export.graph.rules import (
     convolution,
     layout,
     linear,
+    normalisation,
+    pooling,
     reduction,
+    resize,
+    selection,
 )
 
-__all__ = ["activation", "arithmetic", "convolution", "layout", "linear", "reduction"]
+__all__ = [
+    "activation",
+    "arithmetic",
+    "convolution",
+    "layout",
+    "linear",
+    "normalisation",
+    "pooling",
+    "reduction",
+    "resize",
+    "selection",
+]

@@ -23,7 +23,7 @@ def sum_to(ops: Ops, gradient: Value, over: Value, shape: Shape) -> Value:
     factor = 1
     for axis in summed:
         if gradient.shape[axis] == ONE:
-            factor *= over.shape[axis].count
+            factor *= over.shape[axis].size
     gradient = ops.reduce("ReduceSum", gradient, summed)
     gradient = ops.mul(gradient, factor)
     return ops.reshape(gradient, gradient.shape[missing:])
