@@ -67,7 +67,7 @@ class SelectionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Meta(description="top-k, sampled (with replacement), random, or all"),
     ] = "top-k"
     k: Annotated[int, Meta(ge=1, description="how many teachers are chosen")] = 3
-    every_rounds: Annotated[int, Meta(ge=1, description="select again after so many rounds")] = 5
+    every_rounds: Annotated[int, Meta(ge=1, description="select again after so many rounds")] = 7
 
 
 class AggregationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,9 +77,9 @@ class AggregationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
         Literal["joint", "fedavg"],
         Meta(description="joint: one student, all losses; fedavg: a copy per teacher, averaged"),
     ] = "joint"
-    rounds: Annotated[int, Meta(ge=1, description="how often, in all")] = 10
+    rounds: Annotated[int, Meta(ge=1, description="how often, in all")] = 14
     epochs: Annotated[int, Meta(ge=1, description="passes over the images in each round")] = 1
-    rate: Annotated[float, Meta(gt=0, description="the greatest learning rate")] = 0.08
+    rate: Annotated[float, Meta(gt=0, description="the greatest learning rate")] = 0.1
     hint_maps: Annotated[float, Meta(ge=0, description="weight of feature map hints")] = 0.0
     hint_pooled: Annotated[float, Meta(ge=0, description="weight of pooled feature hints")] = 1.0
     soft_targets: Annotated[
@@ -106,7 +106,7 @@ class HeadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class FinetuneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A fresh head is trained on the probe set."""
 
-    epochs: Annotated[int, Meta(ge=0, description="passes over the probe set")] = 10
+    epochs: Annotated[int, Meta(ge=0, description="passes over the probe set")] = 5
     rate: Annotated[float, Meta(gt=0, description="the greatest learning rate")] = 0.005
 
 

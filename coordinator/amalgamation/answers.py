@@ -18,8 +18,9 @@ from edge_teacher.contract.errors import CheckFailed
 class TeacherAnswers:
     """One teacher's features of the probe and the transfer images, in the order of the images.
 
-    pooled_probe [P, C] and pooled_transfer [U, C], float32, as signed roots. maps_transfer [U, C, h, w] of unit
-    scale, float16 because it is the one thing here that can be large; None if not asked for.
+    pooled_probe [P, C] and pooled_transfer [U, C] are signed roots, float32. maps_transfer
+    [U, C, h, w] is of unit scale, and float16 because it is the one thing here that can be large;
+    None if not asked for.
     """
 
     pooled_probe: Tensor
