@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar
+from zipfile import BadZipFile
 
 import msgspec
 import numpy as np
@@ -49,17 +50,20 @@ class AnswerCache:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def get(self, key: str) -> NDArray[np.float16] | None:
-        """None for what is not there; a damaged file is dropped and asked for again."""
+    def get(self, key: str, images: int) -> NDArray[np.float16] | None:
+        """None for what is not there; a file that is no answer about so many images is dropped."""
         path = self._folder / f"{key}.npy"
         try:
-            found: NDArray[np.float16] = np.load(path, allow_pickle=False)
+            found = np.load(path, allow_pickle=False)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError, EOFError, BadZipFile):
+            found = None
+        answer = isinstance(found, np.ndarray) and found.dtype == np.float16
+        if not answer or found.shape[:1] != (images,):
             path.unlink(missing_ok=True)
             return None
-        return found
+        return np.asarray(found, np.float16)
 
     def put(self, key: str, answer: NDArray[np.float16]) -> None:
         file = io.BytesIO()
@@ -109,7 +113,9 @@ class RemoteTeacher:
         divided = list(self._questions.divide(images))
         keys = [self._key(method, query(image_block_id(block))) for block in divided]
         answers = {
-            i: found for i, key in enumerate(keys) if (found := self._cache.get(key)) is not None
+            i: found
+            for i, key in enumerate(keys)
+            if (found := self._cache.get(key, len(divided[i]))) is not None
         }
         unknown = [i for i in range(len(divided)) if i not in answers]
         asked = self._questions.ask([divided[i] for i in unknown], method, query, tensor)
