@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from math import ceil, floor, prod
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -150,7 +151,7 @@ def _resize(a: Attributes, x: Inputs) -> Tensor:
             scale = out / size
         elif scales is not None:
             scale = float(scales[i])
-            out = floor(size * scale)
+            out = floor(np.float32(size) * np.float32(scale))  # as the runtimes multiply
         if out != size or scale != 1:
             matrix = torch.from_numpy(sampling.matrix(size, out, scale)).to(y.dtype)
             y = (

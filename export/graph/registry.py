@@ -96,7 +96,9 @@ class Step:
         return self.ops.expand(self.dy, self.y(), None if axes is None else list(axes))
 
     def wants(self, i: int = 0) -> bool:
-        return self.has(i) and self.node.input[i] in self.active
+        """Whether somebody asks for the gradient of input i (nobody does of an empty tensor)."""
+        wanted = self.has(i) and self.node.input[i] in self.active
+        return wanted and all(dim.size for dim in self.x(i).shape)
 
     def give(self, i: int, gradient: Value) -> None:
         target = self.x(i)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from export.graph.emit import Ops, Value
 from export.graph.registry import Step, rule
@@ -85,10 +87,9 @@ class Sampling:
 
     def matrix(self, size: int, out: int, scale: float) -> Matrix:
         """[out, size] weights of one axis. Raises ValueError for a coordinate mode that is not linear in x."""
-        source = self._source(size, out, scale)
         if self.mode == "nearest":
             # ONNX Runtime computes in float32: on the border of two pixels it matters how that rounds.
-            near = source.astype(np.float32)
+            near = self._source(size, out, np.float32(scale), np.float32)
             rounded = {
                 "round_prefer_floor": np.ceil(near - np.float32(0.5)),
                 "round_prefer_ceil": np.floor(near + np.float32(0.5)),
@@ -96,14 +97,17 @@ class Sampling:
                 "ceil": np.ceil(near),
             }[self.nearest_mode]
             return one_hot_rows([int(i) for i in np.clip(rounded, 0, size - 1)], size)
+        source = self._source(size, out, scale, np.float64)
         if self.mode == "linear":
             inside = np.clip(source, 0, size - 1)
             return _interpolation(inside, size, (0, 1), lambda t: np.maximum(0, 1 - np.abs(t)))
         return _interpolation(source, size, (-1, 0, 1, 2), self._keys)
 
-    def _source(self, size: int, out: int, scale: float) -> Matrix:
+    def _source(
+        self, size: int, out: int, scale: float | np.float32, precision: type[np.floating]
+    ) -> NDArray[Any]:
         """The input coordinate of every output pixel."""
-        position = np.arange(out, dtype=np.float64)
+        position = np.arange(out, dtype=precision)
         match self.coordinate_transformation_mode:
             case "align_corners":
                 return position * (size - 1) / max(out - 1, 1)
@@ -114,7 +118,7 @@ class Sampling:
             case "half_pixel" | "pytorch_half_pixel":
                 return (position + 0.5) / scale - 0.5
             case "half_pixel_symmetric":
-                middle = size / 2 * (1 - out / (scale * size))
+                middle = precision(size / 2) * (1 - precision(out) / (scale * size))
                 return middle + (position + 0.5) / scale - 0.5
             case "tf_half_pixel_for_nn":
                 return (position + 0.5) / scale

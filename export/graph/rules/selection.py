@@ -82,6 +82,8 @@ def slice_(step: Step) -> None:
             step.refuse("it picks images of the batch")
         size = x.shape[axis].size
         picked = list(range(size)[slice(start, end if end > -_FAR else None, stride)])
+        if not picked:
+            return
         like = Value(
             step.y().name, (*dx.shape[:axis], Dim(len(picked)), *dx.shape[axis + 1 :]), x.dtype
         )
