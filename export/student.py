@@ -13,10 +13,7 @@ What comes back is bytes, a report and a canary batch; signing them into a bundl
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +35,7 @@ from export.checks.tensorrt import check_tensorrt, installed_tensorrt
 from export.input_graph import IMAGES, StudentInput, take_uint8_images
 from export.quantise import Dialect, quantise
 from export.student_report import FileReport, StudentReport
+from export.torch_to_onnx import torch_to_onnx
 
 __all__ = [
     "Canary",
@@ -48,7 +46,6 @@ __all__ = [
     "export_student",
 ]
 
-OPSET = 18
 FP32 = "student.fp32.onnx"
 INT8_CPU = "student.int8.cpu.onnx"
 INT8_TENSORRT = "student.int8.tensorrt.onnx"
@@ -146,44 +143,9 @@ def _to_onnx(module: nn.Module, given: StudentInput, classes: int) -> onnx.Model
                 f"the student answers {count} images with a tensor of shape {shape}, which is not "
                 f"({count}, {classes}): give one class name per logit and a module ending in logits"
             )
-    try:
-        with _quiet():
-            program = torch.onnx.export(
-                module,
-                (example,),
-                dynamo=True,
-                opset_version=OPSET,
-                dynamic_shapes=({0: torch.export.Dim("N")},),
-                input_names=["network_input"],
-                output_names=["logits"],
-                verbose=False,
-            )
-    except torch.onnx.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise CheckFailed(
-            f"torch cannot export this student to ONNX ({reason}): write its forward without "
-            "Python branches on values and without a fixed batch"
-        ) from error
-    assert program is not None  # with dynamo=True it always returns the program
-    model = program.model_proto
+    model = torch_to_onnx(module, given.size, ["logits"])
     _strip_traces(model)
     return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages we do not use; failures still are exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _strip_traces(model: onnx.ModelProto) -> None:

@@ -12,7 +12,7 @@ import onnx
 import torch
 from torch import nn
 
-from edge_teacher.contract.errors import UsageError
+from edge_teacher.contract.errors import CheckFailed
 
 OPSET = 18
 
@@ -20,7 +20,7 @@ OPSET = 18
 def torch_to_onnx(
     module: nn.Module, size: tuple[int, int], outputs: Sequence[str], *, channels: int = 3
 ) -> onnx.ModelProto:
-    """Export `module` taking float32[N, channels, *size]. Raises UsageError with torch's own reason."""
+    """Export `module` taking float32[N, channels, *size]. Raises CheckFailed with torch's own reason."""
     example = torch.zeros(2, channels, *size)
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
@@ -41,9 +41,10 @@ def torch_to_onnx(
             )
     except Exception as error:
         # torch.export raises many kinds; all mean that this module cannot be exported as it is.
-        reason = str(error).strip().splitlines()
-        raise UsageError(
-            f"torch cannot export this module to ONNX: {reason[0] if reason else type(error)}"
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise CheckFailed(
+            f"torch cannot export this network to ONNX ({reason[0]}): write its forward without "
+            "Python branches on values and without a fixed batch"
         ) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
