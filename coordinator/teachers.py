@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Protocol, TypeVar
 from zipfile import BadZipFile
@@ -74,19 +74,10 @@ class AnswerCache:
 class RemoteTeacher:
     """A teacher behind MQTT. Its answers are remembered; it is asked only for what is not."""
 
-    def __init__(
-        self,
-        caller: Caller,
-        card: Card,
-        cache: AnswerCache,
-        *,
-        asked: Callable[[str, int], None] = lambda method, images: None,
-    ) -> None:
-        """`asked(method, images)` is called as answers come in: progress."""
+    def __init__(self, caller: Caller, card: Card, cache: AnswerCache) -> None:
         self._card = card
         self._cache = cache
         self._questions = Questions(caller, card)
-        self._asked = asked
 
     @property
     def name(self) -> str:
@@ -122,7 +113,6 @@ class RemoteTeacher:
         for i, (_, answer) in zip(unknown, asked, strict=True):
             answers[i] = answer.astype(np.float16)
             self._cache.put(keys[i], answers[i])
-            self._asked(method, len(divided[i]))
         return np.concatenate([answers[i] for i in range(len(divided))]).astype(np.float32)
 
     def _key(self, method: str, query: msgspec.Struct) -> str:
@@ -130,10 +120,23 @@ class RemoteTeacher:
         return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 
-def in_parallel(teachers: Sequence[Teacher], ask: Callable[[Teacher], Answer]) -> list[Answer]:
+def in_parallel(
+    teachers: Sequence[Teacher],
+    ask: Callable[[Teacher], Answer],
+    done: Callable[[], None] = lambda: None,
+) -> list[Answer]:
     """`ask` each teacher on a thread of its own: devices compute at the same time.
 
-    Raises the first error; the other teachers' answers up to then stay in the cache.
+    `done` is called here, once per teacher. Raises the first error; what the others answered until
+    then stays in the cache.
     """
-    with ThreadPoolExecutor(max(1, len(teachers)), thread_name_prefix="ask") as pool:
-        return list(pool.map(ask, teachers))
+    pool = ThreadPoolExecutor(max(1, len(teachers)), thread_name_prefix="ask")
+    try:
+        asked = [pool.submit(ask, teacher) for teacher in teachers]
+        for finished in as_completed(asked):
+            finished.result()
+            done()
+        return [finished.result() for finished in asked]
+    finally:
+        # Not waiting: after an error or a Ctrl-C, closing the connection ends what is still asked.
+        pool.shutdown(wait=False, cancel_futures=True)

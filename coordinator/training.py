@@ -44,7 +44,7 @@ from coordinator.student import (
     pooled_features,
     save_student,
 )
-from coordinator.teachers import Teacher
+from coordinator.teachers import Teacher, in_parallel
 from edge_teacher.contract.errors import UsageError
 
 _MEASURE_EVERY_EPOCHS = 5
@@ -210,14 +210,17 @@ def _learn_labels(
 
 def _saliency(stage: _Stage, teachers: Mapping[str, Teacher]) -> dict[str, NDArray[np.float32]]:
     """Where every teacher looks on the probe images; asked once, for teachers do not change."""
-    maps = {}
+    names = sorted(teachers)
+    probe = stage.data.probe.images
     stage.progress.begin(stage.name, len(teachers))
     with stage.run.timed(stage.name):
-        for name, teacher in sorted(teachers.items()):
-            maps[name] = teacher.saliency(stage.data.probe.images)
-            stage.progress.advance()
+        answers = in_parallel(
+            [teachers[name] for name in names],
+            lambda teacher: teacher.saliency(probe),
+            stage.progress.advance,
+        )
     stage.progress.end()
-    return maps
+    return dict(zip(names, answers, strict=True))
 
 
 def _select(
@@ -249,15 +252,18 @@ def _task(
     missing = [name for name in weights if name not in answers]
     stage.progress.begin(stage.name, len(missing))
     with stage.run.timed(stage.name):
-        for name in missing:
-            answers[name] = ask(
-                teachers[name],
+        found = in_parallel(
+            [teachers[name] for name in missing],
+            lambda teacher: ask(
+                teacher,
                 data.probe.images,
                 data.transfer,
                 flips=config.aggregation.flips,
                 maps=config.aggregation.hint_maps > 0,
-            )
-            stage.progress.advance()
+            ),
+            stage.progress.advance,
+        )
+    answers.update(zip(missing, found, strict=True))
     stage.progress.end()
     with stage.run.timed("head"):
         task = AmalgamationTask(
