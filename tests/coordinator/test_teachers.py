@@ -47,33 +47,24 @@ def test_nothing_is_asked_twice_and_the_answers_do_not_change(tmp_path: Path) ->
         assert here.asked()[asked:].count("saliency") == 1
 
 
-def test_progress_is_told_for_what_is_asked_only(tmp_path: Path) -> None:
-    with world(tmp_path, limits=Limits(max_images_per_block=4)) as here:
-        told: list[tuple[str, int]] = []
-        teacher = RemoteTeacher(
-            here.caller,
-            here.add("d1"),
-            AnswerCache(tmp_path / "cache"),
-            asked=lambda method, images: told.append((method, images)),
-        )
-        teacher.pooled(IMAGES)
-        teacher.pooled(IMAGES)
-        assert told == [("features", 4), ("features", 4), ("features", 2)]
+class Interrupted(AnswerCache):
+    """Ctrl-C comes right after the first answer was kept."""
+
+    def put(self, key: str, answer: np.ndarray) -> None:
+        super().put(key, answer)
+        raise KeyboardInterrupt
 
 
 def test_what_came_before_an_interruption_is_kept(tmp_path: Path) -> None:
     with world(tmp_path, limits=Limits(max_images_per_block=4)) as here:
-
-        def stop(method: str, images: int) -> None:
-            raise KeyboardInterrupt
-
-        card, cache = here.add("d1"), AnswerCache(tmp_path / "cache")
+        card, folder = here.add("d1"), tmp_path / "cache"
         with pytest.raises(KeyboardInterrupt):
-            RemoteTeacher(here.caller, card, cache, asked=stop).saliency(IMAGES)
-        told: list[int] = []
-        again = RemoteTeacher(here.caller, card, cache, asked=lambda _, images: told.append(images))
+            RemoteTeacher(here.caller, card, Interrupted(folder)).saliency(IMAGES)
+        assert len(list(folder.glob("*.npy"))) == 1
+        before = here.asked().count("saliency")
+        again = RemoteTeacher(here.caller, card, AnswerCache(folder))
         assert np.allclose(again.saliency(IMAGES), SALIENCY, atol=1e-3)
-        assert told == [4, 2]
+        assert here.asked().count("saliency") == before + 2
 
 
 def test_another_bundle_or_another_question_is_another_answer(tmp_path: Path) -> None:
@@ -158,14 +149,24 @@ class TestInParallel:
 
         assert in_parallel(self.teachers, ask) == [f"t{i}" for i in range(8)]
 
-    def test_the_first_error_is_raised(self) -> None:
+    def test_an_error_is_raised_without_waiting_for_the_others(self) -> None:
+        over = threading.Event()
+
         def ask(teacher: Teacher) -> str:
-            if teacher.name in ("t3", "t5"):
+            if teacher.name == "t3":
                 raise NotFound(teacher.name)
+            over.wait(30)
             return teacher.name
 
         with pytest.raises(NotFound, match="t3"):
             in_parallel(self.teachers, ask)
+        assert not over.is_set()
+        over.set()
+
+    def test_progress_is_told_once_per_teacher(self) -> None:
+        told: list[int] = []
+        in_parallel(self.teachers, lambda teacher: teacher.name, lambda: told.append(1))
+        assert len(told) == 8
 
     def test_nobody(self) -> None:
         assert in_parallel([], lambda teacher: teacher.name) == []
