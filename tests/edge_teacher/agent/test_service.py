@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -84,7 +85,7 @@ class Running:
     transport: MemoryTransport
     broker: MemoryBroker
     caller: Caller
-    heard: list[Message]
+    heard: queue.Queue[Message]
 
     def call(self, method: str, body: msgspec.Struct, answer: type, **tensors: np.ndarray):  # type: ignore[no-untyped-def]
         return self.caller.call(DEVICE, method, body, tensors, answer=answer, timeout_s=20)
@@ -94,9 +95,9 @@ class Running:
         received, _ = self.call("put_images", request, Received, data=images.reshape(-1))
         return received  # type: ignore[no-any-return]
 
-    def states(self) -> list[State]:
-        mine = [m for m in self.heard if m.topic == topics.state(DEVICE)]
-        return [frame.decode(m.payload, State)[0] for m in mine]
+    def states(self, count: int) -> list[State]:
+        """The first `count` that the coordinator hears."""
+        return [frame.decode(self.heard.get(timeout=10).payload, State)[0] for _ in range(count)]
 
     def retained(self, channel: str) -> Message:
         (found,) = self.broker.retained(f"fedsa/v1/{DEVICE}/{channel}")
@@ -105,9 +106,9 @@ class Running:
 
 def begin(config: AgentConfig, broker: MemoryBroker | None = None) -> Running:
     broker = broker or MemoryBroker()
-    heard: list[Message] = []
+    heard: queue.Queue[Message] = queue.Queue()
     listener = broker.connect()
-    listener.subscribe("fedsa/v1/+/state", heard.append)
+    listener.subscribe("fedsa/v1/+/state", heard.put)
     caller = Caller(listener, "ada", tick_s=0.02)
     agent = Agent(config)
     transport = broker.connect(agent.will())
@@ -268,12 +269,12 @@ class TestLife:
         assert order[:2] == ["card", "state"]
         running.caller.close()
         running.agent.stop()
-        assert running.states()[-1].online is False
+        assert [state.online for state in running.states(2)] == [True, False]
 
     def test_birth_and_a_clean_end_are_of_one_session(self, here: Running) -> None:
         here.call("describe", Empty(), Card)
         here.agent.stop()
-        born, gone = here.states()
+        born, gone = here.states(2)
         assert (born.online, gone.online) == (True, False)
         assert born.session == gone.session
         assert frame.decode(here.retained("state").payload, State)[0] == gone

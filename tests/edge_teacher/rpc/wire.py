@@ -93,6 +93,7 @@ def world(
     allowed: frozenset[str] = frozenset(),
     max_answer_bytes: int = 1 << 28,
     workers: int = 1,
+    retry_s: float = RETRY_S,
 ) -> Iterator[World]:
     published: list[Message] = []
 
@@ -116,7 +117,7 @@ def world(
         coordinator_transport,
         COORDINATOR,
         max_answer_bytes=max_answer_bytes,
-        retry_s=RETRY_S,
+        retry_s=retry_s,
         tick_s=TICK_S,
     )
     try:
