@@ -1,0 +1,149 @@
+"""What saliency costs: the teacher's graph against its plain forward and against torch eager, on one thread.
+
+    python -m benchmarks.saliency [--rounds 15] [--only residual vit]
+
+Every cell times three things in turn, round after round, and reports ratios of their medians, so that a busy machine
+slows all three alike. `vs_forward` is teacher graph over the plain ONNX forward; `vs_torch` is teacher graph over torch
+eager forward and backward to the same map (below 1: faster than torch). The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.saliency_nets import NETS, SIZE, export_onnx
+from export.graph import InputSpec, build_teacher_graph, prepare
+from export.graph.network import Network, session
+from export.graph.saliency import Kind
+
+BATCHES = (1, 32)
+KINDS: tuple[Kind, ...] = ("gradcam", "input_gradient")
+SPEC = InputSpec(size=SIZE)
+
+
+def torch_map(net: nn.Module, images: Tensor, kind: Kind) -> Tensor:
+    """The same map as the teacher graph gives, by eager forward and backward."""
+    x = images.permute(0, 3, 1, 2).to(next(net.parameters()).dtype) / 255
+    kept: list[Tensor] = []
+    if kind == "input_gradient":
+        x.requires_grad_(True)
+        y = net(x)
+        leaf = x
+    else:
+        # the backward pass stops at the tap: what lies before it is run without a graph
+        hook = net.tap.register_forward_hook(
+            lambda module, args, out: kept.append(out.detach().requires_grad_(True)) or kept[0]
+        )
+        y = net(x)
+        hook.remove()
+        leaf = kept[0]
+    score = y.mean((2, 3)) if y.dim() == 4 else y
+    (gradient,) = torch.autograd.grad(score.max(1).values.sum(), leaf)
+    if kind == "input_gradient":
+        maps = gradient.abs().amax(1)
+    else:
+        maps = _cam(leaf.detach(), gradient)
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    return (maps - low) / torch.where(high > low, high - low, 1.0)
+
+
+def _cam(tap: Tensor, gradient: Tensor) -> Tensor:
+    if tap.dim() == 3:  # tokens, the class token first
+        side = int((tap.shape[1] - 1) ** 0.5)
+        tap, gradient = (t[:, 1:].transpose(1, 2).unflatten(2, (side, side)) for t in (tap, gradient))
+    return (gradient.mean((2, 3), keepdim=True) * tap).sum(1).relu()
+
+
+def interleaved(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each task, the tasks taking turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for task in tasks.values():
+        task()
+    for _ in range(rounds):
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            task()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: median(times) for name, times in seconds.items()}
+
+
+def find_tap(network: Network, net: nn.Module, x: Tensor) -> str:
+    """The tensor of the ONNX network that holds what `net.tap` puts out."""
+    kept: list[Tensor] = []
+    hook = net.tap.register_forward_hook(lambda module, args, out: kept.append(out.detach()))
+    with torch.no_grad():
+        net(x)
+    hook.remove()
+    names = [n for node in network.nodes for n in node.output if n in network.values]
+    probe = copy.deepcopy(network.model)
+    del probe.graph.output[:]
+    probe.graph.output.extend(type(network.model.graph.output[0])(name=n) for n in names)
+    for name, value in zip(names, session(probe).run(names, {network.input_name: x.numpy()}), strict=True):
+        if value.shape == tuple(kept[0].shape) and np.allclose(value, kept[0].numpy(), atol=1e-3):
+            return name
+    raise RuntimeError("no tensor of the network is the tap")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", nargs="*", choices=sorted(NETS), default=sorted(NETS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    cells = []
+    worst = 0.0
+    print(f"{'net':<14}{'kind':<16}{'batch':>5}{'forward':>10}{'teacher':>10}{'torch':>10}{'vs fwd':>8}{'vs torch':>9}")
+    for name in arguments.only:
+        torch.manual_seed(0)
+        net = NETS[name]().eval()
+        model = export_onnx(net)
+        network = prepare(model, SPEC)
+        images = np.random.default_rng(0).integers(0, 256, (max(BATCHES), *SIZE, 3), dtype=np.uint8)
+        pixels = torch.from_numpy(images)
+        tap = find_tap(network, net, pixels[:2].permute(0, 3, 1, 2).float() / 255)
+        plain = session(build_teacher_graph(model, SPEC, taps={"last": tap}, kind="none", publish_logits=True))
+        double = copy.deepcopy(net).double()
+        for kind in KINDS:
+            taps = {"last": tap} if kind == "gradcam" else {}
+            teacher = session(build_teacher_graph(model, SPEC, taps=taps, kind=kind))
+            exact = torch_map(double, pixels[:4], kind).numpy()
+            got = teacher.run(["saliency"], {"images": images[:4]})[0]
+            off = np.linalg.norm((got - exact).reshape(4, -1), axis=1)
+            worst = max(worst, float(np.max(off / np.linalg.norm(exact.reshape(4, -1), axis=1))))
+            for batch in BATCHES:
+                feed, some = {"images": images[:batch]}, pixels[:batch]
+                took = interleaved(
+                    {
+                        "forward": lambda: plain.run(None, feed),
+                        "teacher": lambda: teacher.run(None, feed),
+                        "torch": lambda: torch_map(net, some, kind),
+                    },
+                    arguments.rounds,
+                )
+                cell = {
+                    "net": name,
+                    "kind": kind,
+                    "batch": batch,
+                    "vs_forward": round(took["teacher"] / took["forward"], 3),
+                    "vs_torch": round(took["teacher"] / took["torch"], 3),
+                }
+                cells.append(cell)
+                milliseconds = "".join(f"{1000 * took[k]:>10.2f}" for k in ("forward", "teacher", "torch"))
+                print(
+                    f"{name:<14}{kind:<16}{batch:>5}{milliseconds}{cell['vs_forward']:>8}{cell['vs_torch']:>9}",
+                    flush=True,
+                )
+    print(json.dumps({"cells": cells, "worst_relative_error": worst}))
+
+
+if __name__ == "__main__":
+    main()
