@@ -59,8 +59,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
         command.add_argument("--json", action="store_true", help="print the report as JSON")
         settings = command.add_argument_group("settings", "over FEDSA_… variables, over --config")
-        for key, description in config_keys().items():
-            settings.add_argument(f"--{key}", metavar="VALUE", help=description)
+        for name, description in config_keys().items():
+            settings.add_argument(f"--{name}", metavar="VALUE", help=description)
 
     config = commands.add_parser("config", help="print every setting with its default, as TOML")
     config.set_defaults(run=_config)

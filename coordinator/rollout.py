@@ -133,6 +133,10 @@ def predict(caller: Caller, device: Card, task: str, images: Images) -> Predicti
         )
     )
     first = answers[0][0]
+    if any(answered.student_version != first.student_version for answered, _ in answers):
+        raise CheckFailed(
+            f"the student of {task!r} on {device.device} was replaced while it answered; ask again"
+        )
     return Predictions(
         logits=np.concatenate([logits for _, logits in answers]),
         classes=first.classes,
