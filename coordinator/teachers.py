@@ -35,8 +35,11 @@ class Teacher(Protocol):
         """images [N, H, W, 3] -> maps [N, S, S] in [0, 1]."""
         ...
 
-    def pooled(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """images [N, H, W, 3] -> the mean over pixels of the last feature map, [N, C]."""
+    def pooled(self, images: NDArray[np.uint8], *, mirrored: bool = False) -> NDArray[np.float32]:
+        """images [N, H, W, 3] -> the mean over pixels of the last feature map, [N, C].
+
+        `mirrored` asks about the mirror images, which the teacher makes itself.
+        """
         ...
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -86,15 +89,17 @@ class RemoteTeacher:
     def saliency(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         return self._ask(images, "saliency", lambda block: SaliencyQuery(block=block), "saliency")
 
-    def pooled(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self._features(images, "pooled")
+    def pooled(self, images: NDArray[np.uint8], *, mirrored: bool = False) -> NDArray[np.float32]:
+        return self._features(images, "pooled", mirrored)
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self._features(images, "maps")
+        return self._features(images, "maps", mirrored=False)
 
-    def _features(self, images: NDArray[np.uint8], form: FeatureForm) -> NDArray[np.float32]:
+    def _features(
+        self, images: NDArray[np.uint8], form: FeatureForm, mirrored: bool
+    ) -> NDArray[np.float32]:
         def query(block: str) -> FeaturesQuery:
-            return FeaturesQuery(block=block, form=form)
+            return FeaturesQuery(block=block, form=form, mirrored=mirrored)
 
         return self._ask(images, "features", query, "features")
 

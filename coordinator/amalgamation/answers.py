@@ -53,8 +53,8 @@ def _pooled(teacher: Teacher, images: NDArray[np.uint8], flips: bool) -> Tensor:
     answer = _checked(teacher, teacher.pooled(images), len(images), 2, "pooled features")
     pooled = torch.from_numpy(answer)
     if flips:
-        mirrored = np.ascontiguousarray(images[:, :, ::-1])
-        other = _checked(teacher, teacher.pooled(mirrored), len(images), 2, "pooled features")
+        mirrored = teacher.pooled(images, mirrored=True)
+        other = _checked(teacher, mirrored, len(images), 2, "pooled features")
         pooled = (pooled + torch.from_numpy(other)) / 2
     return signed_root(pooled)
 

@@ -93,6 +93,8 @@ class Answers:
             raise NotFound(f"this teacher has no tap {tap!r}; it has {known}")
         images = self._images.get(query.block)
         started = time.perf_counter()
+        if query.mirrored:
+            images = np.ascontiguousarray(images[:, :, ::-1])
         found = run_in_batches(self._session, images, f"features.{tap}")
         if query.form == "pooled":
             found = mean_pool(found)

@@ -149,6 +149,8 @@ class FeaturesQuery(Wire, frozen=True):
     tap: str = ""
     """Empty: the tap the saliency is computed at."""
     form: FeatureForm = "maps"
+    mirrored: bool = False
+    """Left and right exchanged before the network sees them: saves sending the mirror images."""
     dtype: Dtype = "f16"
 
 

@@ -28,7 +28,9 @@ class LocalTeacher:
         maps = torch.relu((self.head.weight[top][:, :, None, None] * features).sum(1))
         return scale_maps(maps).detach().numpy()
 
-    def pooled(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def pooled(self, images: NDArray[np.uint8], *, mirrored: bool = False) -> NDArray[np.float32]:
+        if mirrored:
+            images = np.ascontiguousarray(images[:, :, ::-1])
         return self._features(images, "pooled").mean((2, 3)).numpy()
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -9,7 +9,9 @@ import pytest
 
 from coordinator.teachers import AnswerCache, RemoteTeacher, Teacher, in_parallel
 from edge_teacher.contract.errors import NotFound
+from edge_teacher.contract.images import image_block_id
 from edge_teacher.contract.limits import Limits
+from edge_teacher.contract.messages import Answered, FeaturesQuery
 from tests.coordinator.fleet_of_agents import world
 from tests.edge_teacher.nets import pictures, teacher_answers
 
@@ -28,6 +30,21 @@ def test_what_it_answers_is_what_the_teacher_computes(tmp_path: Path) -> None:
         ):
             assert found.dtype == np.float32
             assert np.allclose(found, expected, atol=1e-3)
+
+
+def test_the_device_makes_the_mirror_images_itself(tmp_path: Path) -> None:
+    with world(tmp_path) as here:
+        teacher = RemoteTeacher(here.caller, here.add("d1"), AnswerCache(tmp_path / "cache"))
+        expected, _ = teacher_answers(np.ascontiguousarray(IMAGES[:, :, ::-1]))
+        mirrored = teacher.pooled(IMAGES, mirrored=True)
+        assert np.allclose(mirrored, expected.mean((2, 3)), atol=1e-3)
+        sent = here.caller.wire["d1"]["put_images"].sent
+        query = FeaturesQuery(block=image_block_id(IMAGES), mirrored=True)
+        _, tensors = here.caller.call("d1", "features", query, answer=Answered)
+        assert np.allclose(tensors["features"], expected, atol=1e-2)
+        assert not np.allclose(expected, FEATURES, atol=1e-2)
+        teacher.pooled(IMAGES)
+        assert here.caller.wire["d1"]["put_images"].sent == sent
 
 
 def test_nothing_is_asked_twice_and_the_answers_do_not_change(tmp_path: Path) -> None:
