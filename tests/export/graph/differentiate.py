@@ -43,7 +43,9 @@ def random(*shape: int, seed: int = 0, low: float | None = None) -> np.ndarray:
     return generator.standard_normal(shape).astype(np.float32)
 
 
-def gradient_model(network: Network, wrt: str, of: str, narrow: tuple[int, ...] = ()) -> onnx.ModelProto:
+def gradient_model(
+    network: Network, wrt: str, of: str, narrow: tuple[int, ...] = ()
+) -> onnx.ModelProto:
     """A model (x, seed) -> gradient; the seed is given under-broadcast along the axes in `narrow`."""
     y = network.value(of)
     shape = tuple(ONE if axis in narrow else dim for axis, dim in enumerate(y.shape))
@@ -53,7 +55,10 @@ def gradient_model(network: Network, wrt: str, of: str, narrow: tuple[int, ...] 
     graph = helper.make_graph(
         [*network.nodes, *ops.nodes],
         "derivative",
-        [*network.model.graph.input, helper.make_tensor_value_info("seed", TensorProto.FLOAT, None)],
+        [
+            *network.model.graph.input,
+            helper.make_tensor_value_info("seed", TensorProto.FLOAT, None),
+        ],
         [helper.make_tensor_value_info(found.name, found.dtype, [None] * found.rank)],
         [*network.model.graph.initializer, *ops.initializers.values()],
     )

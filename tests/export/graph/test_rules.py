@@ -89,7 +89,9 @@ def test_elementwise(name: str) -> None:
     assert worst_error(model_of(ACTIVATIONS[name], MAP), random(3, *MAP)) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["Relu", "Sigmoid", "Softmax channels", "LogSoftmax", "Div both", "Max of two"])
+@pytest.mark.parametrize(
+    "name", ["Relu", "Sigmoid", "Softmax channels", "LogSoftmax", "Div both", "Max of two"]
+)
 def test_elementwise_under_a_narrow_gradient(name: str) -> None:
     """A gradient that is the same at every pixel gives what the full one gives."""
     model = model_of(ACTIVATIONS[name], MAP)
@@ -256,7 +258,9 @@ def test_every_listed_operator_is_tested() -> None:
         ("y = ReduceMean(x, a)", {"a": ints(0)}, "ReduceMean"),
     ],
 )
-def test_refusals_name_the_operator(body: str, weights: dict[str, np.ndarray], operator: str) -> None:
+def test_refusals_name_the_operator(
+    body: str, weights: dict[str, np.ndarray], operator: str
+) -> None:
     with pytest.raises(UnsupportedOperator) as refusal:
         gradient_model(measure(model_of(body, MAP, weights), "x", MAP), "x", "y")
     assert refusal.value.op == operator
