@@ -27,14 +27,18 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# torch first and by its exact version: on PyPI's own index any other brings gigabytes of CUDA,
-# and this index serves the CPU build where it can be reached.
-TORCH := $(shell grep '^torch==' constraints.txt)
+# torch first, by its exact version: PyPI's build for Linux brings gigabytes of CUDA. The CPU build is
+# taken from PyTorch's own index where that can be reached, else from wherever pip is set up to look.
+TORCH       := $(shell grep '^torch==' constraints.txt)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+REACHABLE    = $(PYTHON) -c 'import urllib.request as u; u.urlopen("$(TORCH_INDEX)/", timeout=5)' 2>/dev/null
 $(STAMP): setup.py constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt '$(TORCH)'
+	@if $(REACHABLE); then index="--index-url $(TORCH_INDEX)"; else index=""; \
+	  echo "make: $(TORCH_INDEX) cannot be reached; taking $(TORCH) from pip's own index"; fi; \
+	  $(BIN)/pip install --quiet $$index '$(TORCH)'
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	@touch $@
 

@@ -1,6 +1,7 @@
-"""Two installations of one project: `pip install .[edge]` on a device, `pip install .[coordinator]` on a workstation.
+"""Two installations of one project, and the device's never brings torch or onnx.
 
-The device's never brings torch or onnx.
+    pip install .[edge]           on a device
+    pip install .[coordinator]    on a workstation
 """
 
 from setuptools import find_packages, setup

@@ -44,6 +44,11 @@ class Fleet:
             found = [Device(name, self._states[name], self._cards[name]) for name in known]
         return [d for d in found if d.state.online or not online_only]
 
+    def wait_for_change(self, timeout_s: float) -> None:
+        """Until any device says anything new, or the time is over."""
+        with self._changed:
+            self._changed.wait(timeout_s)
+
     def wait(self, at_least: int, timeout_s: float) -> list[Device]:
         """Until so many devices are online. Raises Unreachable if they are not in time."""
         end = time.monotonic() + timeout_s
@@ -68,9 +73,9 @@ class Fleet:
         topic = topics.parse(message.topic)
         before = self._states.get(topic.owner) if topic else None
         state = self._note(message, State, self._states)
-        if topic is None or before is None or state is None or not before.online:
+        if topic is None or before is None or not before.online:
             return
-        if not state.online:
+        if state is None or not state.online:
             self._caller.device_gone(topic.owner, "went offline")
         elif state.session != before.session:
             self._caller.device_gone(topic.owner, "restarted")
@@ -79,11 +84,19 @@ class Fleet:
         topic = topics.parse(message.topic)
         if topic is None:
             return None
+        found: Kind | None
         try:
             found, _ = frame.decode(message.payload, kind)
         except RpcError:
-            return None  # cleared, or not of this contract: not a device to us
+            found = None  # cleared, or not of this contract: not a device to us, whatever it was
+        if isinstance(found, Card) and found.device != topic.owner:
+            found = (
+                None  # questions go to the name in the card: it must be the one that published it
+            )
         with self._changed:
-            into[topic.owner] = found
+            if found is None:
+                into.pop(topic.owner, None)
+            else:
+                into[topic.owner] = found
             self._changed.notify_all()
         return found

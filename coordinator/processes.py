@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
+"""Loaded here, for between fork and exec nothing may take a lock that another thread held."""
 
 
 def start(
@@ -18,7 +20,8 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Run `command` with its output in `log`, in a session of its own.
 
-    A Ctrl-C in the terminal reaches only this process, which then ends its children in good order.
+    A Ctrl-C in the terminal reaches only this process, which then ends its children in good order. On
+    Linux a child is also ended with the *thread* that started it: start it from one that lasts.
     """
     with log.open("ab") as output:
         return subprocess.Popen(
@@ -33,7 +36,7 @@ def start(
 
 
 def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes]], grace_s: float = 10) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_teacher.contract import frame
-from edge_teacher.contract.errors import NotFound
+from edge_teacher.contract.errors import Busy, Malformed, NotFound
 from edge_teacher.contract.images import Images, blocks, check_images, image_block_id
 from edge_teacher.contract.limits import UPLOAD_BYTES
 from edge_teacher.contract.messages import Answered, Card, PutImages, Received
@@ -66,14 +66,22 @@ class Questions:
             self._sent.discard(image_block_id(block))
             payload = self._submit(block, method, query).result()
         answered, tensors = frame.decode(payload, Answered)
-        return answered, frame.floats(tensors, tensor)
+        values = frame.floats(tensors, tensor)
+        if values.ndim == 0 or len(values) != len(block):
+            # Taken as it is, it would put every later answer beside the wrong image.
+            raise Malformed(
+                f"{self.device} answered {method} about {len(block)} images with "
+                f"{tensor} {list(values.shape)}"
+            )
+        return answered, values
 
     def _put(self, block: Images, block_id: str) -> None:
         flat = block.reshape(-1)
         offset = 0
         # "Have you got it?" costs 200 bytes; a block that is still there costs nothing more.
         piece = flat[:0]
-        while True:
+        # Begun again a few times, where other coordinators' blocks push it out; not for ever.
+        for _ in range(8 + 4 * (block.nbytes // UPLOAD_BYTES)):
             received, _ = self._caller.call(
                 self.device,
                 "put_images",
@@ -84,6 +92,9 @@ class Questions:
             )
             offset = received.next_offset
             if offset >= received.total_bytes:
-                break
+                self._sent.add(block_id)
+                return
             piece = flat[offset : offset + UPLOAD_BYTES]
-        self._sent.add(block_id)
+        raise Busy(
+            f"{self.device} does not keep the images it is sent; is its image store too small?"
+        )

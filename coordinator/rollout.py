@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from coordinator.questions import Questions
 from edge_teacher.bundle import StudentCard
-from edge_teacher.contract.errors import CheckFailed, FedsaError
+from edge_teacher.contract.errors import Busy, CheckFailed, FedsaError, UsageError
 from edge_teacher.contract.images import Images
 from edge_teacher.contract.limits import UPLOAD_BYTES
 from edge_teacher.contract.messages import (
@@ -24,6 +24,9 @@ from edge_teacher.contract.messages import (
     StudentStatus,
 )
 from edge_teacher.rpc.invoke import Caller
+
+WAVE = 4
+"""Devices installed on at the same time; the next ones wait for all of these."""
 
 
 class Predictions(msgspec.Struct, frozen=True):
@@ -44,7 +47,8 @@ def install(caller: Caller, device: str, card: StudentCard, bundle: bytes) -> St
     digest = hashlib.sha256(bundle).hexdigest()
     data = np.frombuffer(bundle, np.uint8)
     piece, offset = data[:0], 0
-    while True:
+    # Begun again a few times, where another offer takes its place; not for ever.
+    for _ in range(8 + 4 * (len(bundle) // UPLOAD_BYTES)):
         offered, _ = caller.call(
             device,
             "student.offer",
@@ -62,6 +66,8 @@ def install(caller: Caller, device: str, card: StudentCard, bundle: bytes) -> St
         if offset == len(bundle):
             break
         piece = data[offset : offset + UPLOAD_BYTES]
+    else:
+        raise Busy(f"{device} does not keep what it is sent of {card.task!r}; try again later")
     command = StudentCommand(task=card.task, version=card.version)
     status, _ = caller.call(device, "student.activate", command, answer=StudentStatus)
     return status
@@ -75,10 +81,15 @@ def roll_out(
     *,
     installed: Callable[[StudentStatus, str], None] = lambda status, device: None,
 ) -> dict[str, StudentStatus]:
-    """Install on the first device as the canary, then on the others four at a time.
+    """Install on the first device as the canary, then on the others in waves of four.
 
-    Raises CheckFailed naming every device that refused; if the canary does, no other is touched.
+    Raises UsageError without devices, and CheckFailed naming every device that refused and every one
+    that was not asked: after the wave, or the canary, in which one refuses, no other is touched.
     """
+    if not devices:
+        raise UsageError(
+            f"there is no device to install version {card.version} of {card.task!r} on"
+        )
     done: dict[str, StudentStatus] = {}
 
     def one(device: str) -> None:
@@ -93,18 +104,20 @@ def roll_out(
             f"the canary device {canary} refused version {card.version} of {card.task!r}, so no "
             f"other device was touched: {error}"
         ) from error
-    failures = []
-    with ThreadPoolExecutor(4, thread_name_prefix="roll-out") as pool:
-        for device, future in [(d, pool.submit(one, d)) for d in others]:
-            try:
-                future.result()
-            except FedsaError as error:
-                failures.append(f"{device}: {error}")
-    if failures:
-        raise CheckFailed(
-            f"{len(failures)} of {len(devices)} devices refused version {card.version} of "
-            f"{card.task!r}: {'; '.join(failures)}"
-        )
+    with ThreadPoolExecutor(WAVE, thread_name_prefix="roll-out") as pool:
+        for start in range(0, len(others), WAVE):
+            failures = []
+            for device, future in [(d, pool.submit(one, d)) for d in others[start : start + WAVE]]:
+                try:
+                    future.result()
+                except FedsaError as error:
+                    failures.append(f"{device}: {error}")
+            if failures:
+                untouched = ", ".join(others[start + WAVE :]) or "none"
+                raise CheckFailed(
+                    f"{len(failures)} of {len(devices)} devices refused version {card.version} of "
+                    f"{card.task!r}: {'; '.join(failures)} (not touched: {untouched})"
+                )
     return done
 
 
@@ -120,6 +133,10 @@ def predict(caller: Caller, device: Card, task: str, images: Images) -> Predicti
         )
     )
     first = answers[0][0]
+    if any(answered.student_version != first.student_version for answered, _ in answers):
+        raise CheckFailed(
+            f"the student of {task!r} on {device.device} was replaced while it answered; ask again"
+        )
     return Predictions(
         logits=np.concatenate([logits for _, logits in answers]),
         classes=first.classes,

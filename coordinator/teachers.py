@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Protocol, TypeVar
+from zipfile import BadZipFile
 
 import msgspec
 import numpy as np
@@ -49,17 +50,20 @@ class AnswerCache:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def get(self, key: str) -> NDArray[np.float16] | None:
-        """None for what is not there; a damaged file is dropped and asked for again."""
+    def get(self, key: str, images: int) -> NDArray[np.float16] | None:
+        """None for what is not there; a file that is no answer about so many images is dropped."""
         path = self._folder / f"{key}.npy"
         try:
-            found: NDArray[np.float16] = np.load(path, allow_pickle=False)
+            found = np.load(path, allow_pickle=False)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError, EOFError, BadZipFile):
+            found = None
+        answer = isinstance(found, np.ndarray) and found.dtype == np.float16
+        if not answer or found.shape[:1] != (images,):
             path.unlink(missing_ok=True)
             return None
-        return found
+        return np.asarray(found, np.float16)
 
     def put(self, key: str, answer: NDArray[np.float16]) -> None:
         file = io.BytesIO()
@@ -70,19 +74,10 @@ class AnswerCache:
 class RemoteTeacher:
     """A teacher behind MQTT. Its answers are remembered; it is asked only for what is not."""
 
-    def __init__(
-        self,
-        caller: Caller,
-        card: Card,
-        cache: AnswerCache,
-        *,
-        asked: Callable[[str, int], None] = lambda method, images: None,
-    ) -> None:
-        """`asked(method, images)` is called as answers come in: progress."""
+    def __init__(self, caller: Caller, card: Card, cache: AnswerCache) -> None:
         self._card = card
         self._cache = cache
         self._questions = Questions(caller, card)
-        self._asked = asked
 
     @property
     def name(self) -> str:
@@ -109,14 +104,15 @@ class RemoteTeacher:
         divided = list(self._questions.divide(images))
         keys = [self._key(method, query(image_block_id(block))) for block in divided]
         answers = {
-            i: found for i, key in enumerate(keys) if (found := self._cache.get(key)) is not None
+            i: found
+            for i, key in enumerate(keys)
+            if (found := self._cache.get(key, len(divided[i]))) is not None
         }
         unknown = [i for i in range(len(divided)) if i not in answers]
         asked = self._questions.ask([divided[i] for i in unknown], method, query, tensor)
         for i, (_, answer) in zip(unknown, asked, strict=True):
             answers[i] = answer.astype(np.float16)
             self._cache.put(keys[i], answers[i])
-            self._asked(method, len(divided[i]))
         return np.concatenate([answers[i] for i in range(len(divided))]).astype(np.float32)
 
     def _key(self, method: str, query: msgspec.Struct) -> str:
@@ -124,10 +120,23 @@ class RemoteTeacher:
         return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 
-def in_parallel(teachers: Sequence[Teacher], ask: Callable[[Teacher], Answer]) -> list[Answer]:
+def in_parallel(
+    teachers: Sequence[Teacher],
+    ask: Callable[[Teacher], Answer],
+    done: Callable[[], None] = lambda: None,
+) -> list[Answer]:
     """`ask` each teacher on a thread of its own: devices compute at the same time.
 
-    Raises the first error; the other teachers' answers up to then stay in the cache.
+    `done` is called here, once per teacher. Raises the first error; what the others answered until
+    then stays in the cache.
     """
-    with ThreadPoolExecutor(max(1, len(teachers)), thread_name_prefix="ask") as pool:
-        return list(pool.map(ask, teachers))
+    pool = ThreadPoolExecutor(max(1, len(teachers)), thread_name_prefix="ask")
+    try:
+        asked = [pool.submit(ask, teacher) for teacher in teachers]
+        for finished in as_completed(asked):
+            finished.result()
+            done()
+        return [finished.result() for finished in asked]
+    finally:
+        # Not waiting: after an error or a Ctrl-C, closing the connection ends what is still asked.
+        pool.shutdown(wait=False, cancel_futures=True)

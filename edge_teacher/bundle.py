@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,7 +88,7 @@ def _signed_bytes(digests: Mapping[str, str]) -> bytes:
 
 
 def pack(card: Card, files: Mapping[str, bytes], key: Ed25519PrivateKey) -> bytes:
-    """The archive: members sorted by name, no times, no owners."""
+    """The archive: members sorted by name, no times, no owners. Raises ValueError for a path as a name."""
     members = {CARD: msgspec.json.format(msgspec.json.encode(card), indent=1), **files}
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(members.items())}
     signature = _Signature(
@@ -98,14 +97,7 @@ def pack(card: Card, files: Mapping[str, bytes], key: Ed25519PrivateKey) -> byte
         base64.b64encode(key.sign(_signed_bytes(digests))).decode(),
     )
     members[SIGNATURE] = msgspec.json.encode(signature)
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in sorted(members.items()):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            info.mode = 0o644
-            tar.addfile(info, io.BytesIO(data))
-    return archive.getvalue()
+    return _archive(members)
 
 
 def write(path: Path, card: Card, files: Mapping[str, bytes], key: Ed25519PrivateKey) -> Bundle:
@@ -134,7 +126,7 @@ def unpack(data: bytes, trusted: list[Ed25519PublicKey], *, name: str = "the bun
     try:
         signature = msgspec.json.decode(members.pop(SIGNATURE), type=_Signature)
         proof = base64.b64decode(signature.signature, validate=True)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckFailed(f"the {SIGNATURE} of {name} cannot be read: {error}") from error
     key = next((k for k in trusted if key_id(k) == signature.key), None)
     if key is None:
@@ -154,26 +146,69 @@ def unpack(data: bytes, trusted: list[Ed25519PublicKey], *, name: str = "the bun
             raise CheckFailed(f"{member} in {name} is not the file that was signed")
     try:
         card = msgspec.json.decode(members.pop(CARD), type=Card)
-    except msgspec.MsgspecError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckFailed(f"the {CARD} of {name} cannot be used: {error}") from error
     return Bundle(card, members, hashlib.sha256(data).hexdigest(), signature.key)
 
 
+def _header(name: str, size: int) -> bytes:
+    """The one header a member may have: no time, no owner, a regular file. ValueError for a path."""
+    if {"/", "\\", "\0"} & set(name) or name in ("", ".", ".."):
+        raise ValueError(f"{name!r} is no name for a file in a bundle")
+    info = tarfile.TarInfo(name)
+    info.size = size
+    info.mode = 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
+
+
+def _padding(size: int, block: int) -> bytes:
+    return bytes(-size % block)
+
+
+def _archive(members: Mapping[str, bytes]) -> bytes:
+    parts = []
+    for name, content in sorted(members.items()):
+        padding = _padding(len(content), tarfile.BLOCKSIZE)
+        parts += [_header(name, len(content)), content, padding]
+    parts.append(bytes(2 * tarfile.BLOCKSIZE))
+    parts.append(_padding(sum(map(len, parts)), tarfile.RECORDSIZE))
+    return b"".join(parts)
+
+
 def _members(data: bytes, name: str) -> dict[str, bytes]:
+    """What `_archive` would make `data` of. A tar with any other byte anywhere is refused.
+
+    The digests do not cover headers and padding; that there is only one way to write them does.
+    """
     members: dict[str, bytes] = {}
-    total = 0
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for info in tar:
-                total += info.size
-                plain = info.isreg() and "/" not in info.name and info.name not in members
-                if not plain or len(members) >= MAX_MEMBERS or total > MAX_BYTES:
-                    raise CheckFailed(f"{name} holds {info.name!r}, which no bundle may")
-                file = tar.extractfile(info)
-                content = b"" if file is None else file.read()
-                if len(content) != info.size:
-                    raise CheckFailed(f"{name} ends in the middle of {info.name!r}: copy it again")
-                members[info.name] = content
-    except (tarfile.TarError, EOFError) as error:
-        raise CheckFailed(f"{name} is damaged or no bundle at all: {error}") from error
+    start, last = 0, ""
+    while any(header := data[start : start + tarfile.BLOCKSIZE]):
+        member, size = _described(header, name)
+        start += tarfile.BLOCKSIZE
+        if member <= last or len(members) >= MAX_MEMBERS or start + size > MAX_BYTES:
+            raise CheckFailed(f"{name} holds {member!r}, which no bundle may")
+        end = start + size
+        start = end + len(_padding(size, tarfile.BLOCKSIZE))
+        if start > len(data):
+            raise CheckFailed(f"{name} ends in the middle of {member!r}: copy it again")
+        if any(data[end:start]):
+            raise CheckFailed(f"{name} is damaged behind {member!r}: copy it again")
+        members[member] = data[end - size : end]
+        last = member
+    end = start + 2 * tarfile.BLOCKSIZE
+    if data[start:] != bytes(end - start) + _padding(end, tarfile.RECORDSIZE):
+        raise CheckFailed(f"{name} is damaged or no bundle at all: it does not end as one")
     return members
+
+
+def _described(header: bytes, name: str) -> tuple[str, int]:
+    """Name and size of a member (POSIX ustar: bytes 0-99 and 124-135)."""
+    try:
+        member = header[:100].rstrip(b"\0").decode()
+        size = int(header[124:135], 8)
+        canonical = size >= 0 and header == _header(member, size)
+    except ValueError:
+        canonical = False
+    if not canonical:
+        raise CheckFailed(f"{name} is damaged or no bundle at all: no file begins where one should")
+    return member, size

@@ -61,12 +61,18 @@ def parser() -> argparse.ArgumentParser:
         help="coordinator that may ask (repeatable; none given: any the broker lets through)",
     )
     run.add_argument("--state", type=Path, required=True, help="folder for students")
-    run.add_argument("--threads", type=int, default=1, help="cores for inference (default 1)")
+    run.add_argument("--threads", type=_cores, default=1, help="cores for inference (default 1)")
 
     info = commands.add_parser("info", help="verify a bundle and print its card as JSON")
     info.add_argument("bundle", type=Path)
     info.add_argument("--owner-key", type=Path, action="append", required=True)
     return top
+
+
+def _cores(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of cores from 1 to 1024")
+    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,7 +98,7 @@ def _run(options: argparse.Namespace) -> int:
         coordinators_keys=[read_public(path) for path in options.coordinator_key],
         state=options.state,
         allowed=frozenset(check_name(name) for name in options.allow),
-        threads=max(1, options.threads),
+        threads=options.threads,
     )
     address = parse_broker(
         options.broker, ca=options.ca, certificate=options.certificate, key=options.key

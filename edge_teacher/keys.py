@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -28,7 +29,7 @@ def read_private(path: Path) -> Ed25519PrivateKey:
     """Raises UsageError for anything but a PEM file with an unencrypted Ed25519 private key."""
     try:
         key = load_pem_private_key(path.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise UsageError(f"{path} is no readable private key: {error}") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise UsageError(f"{path} holds a key that is not Ed25519")
@@ -39,7 +40,7 @@ def read_public(path: Path) -> Ed25519PublicKey:
     """Raises UsageError for anything but a PEM file with an Ed25519 public key."""
     try:
         key = load_pem_public_key(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise UsageError(f"{path} is no readable public key: {error}") from error
     if not isinstance(key, Ed25519PublicKey):
         raise UsageError(f"{path} holds a key that is not Ed25519")
@@ -49,9 +50,13 @@ def read_public(path: Path) -> Ed25519PublicKey:
 def private_key_at(path: Path) -> Ed25519PrivateKey:
     """The key there; a new one, readable by its owner only, if there is none. `.pub` stands beside it."""
     if not path.exists():
-        key = Ed25519PrivateKey.generate()
-        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        pem = Ed25519PrivateKey.generate().private_bytes(
+            Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+        )
         write_atomically(path, pem, mode=0o600)
+    key = read_private(path)
+    public_path = path.with_suffix(".pub")
+    if not public_path.exists():
         public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-        write_atomically(path.with_suffix(".pub"), public)
-    return read_private(path)
+        write_atomically(public_path, public)
+    return key

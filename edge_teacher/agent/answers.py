@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -12,7 +13,14 @@ import numpy as np
 from edge_teacher.agent.image_store import ImageStore
 from edge_teacher.agent.pooling import attention_pool, mean_pool
 from edge_teacher.contract import frame
-from edge_teacher.contract.errors import CheckFailed, Malformed, NotFound, RuntimeFailed
+from edge_teacher.contract.errors import (
+    CheckFailed,
+    Malformed,
+    NotFound,
+    RpcError,
+    RuntimeFailed,
+    UsageError,
+)
 from edge_teacher.contract.messages import (
     Answered,
     Card,
@@ -108,10 +116,8 @@ class Answers:
 
     def student_offer(self, offer: StudentOffer, tensors: Tensors) -> Answer:
         data = frame.tensor(tensors, "data", "u8", None)
-        try:
+        with _as_answers(Malformed):
             received = self._students.offer(offer, data.tobytes())
-        except CheckFailed as error:
-            raise Malformed(str(error)) from error
         if received.next_offset == received.total_bytes:
             self._card_changed()
         return StudentOffered(received=received, status=self._students.status(offer.task)), {}
@@ -121,21 +127,30 @@ class Answers:
 
     def student_activate(self, command: StudentCommand, _tensors: Tensors) -> Answer:
         try:
-            self._students.activate(command.task, command.version)
-        except CheckFailed as error:
-            raise RuntimeFailed(str(error)) from error
+            with _as_answers(RuntimeFailed):
+                self._students.activate(command.task, command.version)
         finally:
             self._card_changed()
         return self._students.status(command.task), {}
 
     def student_rollback(self, command: StudentCommand, _tensors: Tensors) -> Answer:
         try:
-            self._students.rollback(command.task)
-        except CheckFailed as error:
-            raise RuntimeFailed(str(error)) from error
+            with _as_answers(RuntimeFailed):
+                self._students.rollback(command.task)
         finally:
             self._card_changed()
         return self._students.status(command.task), {}
+
+
+@contextmanager
+def _as_answers(check_failed: type[RpcError]) -> Iterator[None]:
+    """Errors of this machine's own as those that travel: a task's unusable name is the asker's."""
+    try:
+        yield
+    except CheckFailed as error:
+        raise check_failed(str(error)) from error
+    except UsageError as error:
+        raise Malformed(str(error)) from error
 
 
 def _answered(started: float) -> Answered:

@@ -73,10 +73,11 @@ class ImageStore:
         size = math.prod(request.shape)
         if min(request.shape) < 1 or channels != 3:
             raise Malformed(f"a block of shape {request.shape} is no uint8[N, H, W, 3]")
-        if n > self._limits.max_images_per_block or size > self._limits.max_block_bytes:
+        most = min(self._limits.max_block_bytes, self._limits.image_store_bytes)
+        if n > self._limits.max_images_per_block or size > most:
             raise TooLarge(
                 f"a block of {n} images, {height} x {width}, {size} bytes is too large: at most "
-                f"{self._limits.max_images_per_block} images and {self._limits.max_block_bytes} bytes"
+                f"{self._limits.max_images_per_block} images and {most} bytes"
             )
         held = sum(block.pixels.nbytes for block in self._blocks.values())
         while self._blocks and held + size > self._limits.image_store_bytes:

@@ -23,13 +23,18 @@ def attention_pool(features: Floats, attention: Floats) -> Floats:
     Raises Malformed for maps of another number, with negative or non-finite values.
     """
     n, _, height, width = features.shape
-    if attention.ndim != 3 or len(attention) != n:
+    if attention.ndim != 3 or len(attention) != n or 0 in attention.shape:
         raise Malformed(f"the attention is {list(attention.shape)}, and must be [{n}, s, s]")
     if not np.isfinite(attention).all() or attention.min() < 0:
         raise Malformed("the attention has negative or non-finite values")
+    # Only the shape of a map counts, so its scale must not: neither overflow nor vanish in the sums.
+    peak = attention.max(axis=(1, 2), keepdims=True)
+    attention = (attention / np.where(peak > 0, peak, 1)).astype(np.float32)
     rows = _interpolation(attention.shape[1], height)
     columns = _interpolation(attention.shape[2], width)
-    weights = np.einsum("hs,nst,wt->nhw", rows, attention, columns).reshape(n, 1, height * width)
+    weights = np.einsum("hs,nst,wt->nhw", rows, attention, columns, optimize=True).reshape(
+        n, 1, height * width
+    )
     total = weights.sum(axis=2)
     flat = features.reshape(n, -1, height * width)
     weighted = (flat * weights).sum(axis=2) / np.maximum(total, 1e-12)

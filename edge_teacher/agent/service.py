@@ -20,7 +20,7 @@ from edge_teacher.agent.image_store import ImageStore
 from edge_teacher.agent.telemetry import rss_bytes, temperature_c
 from edge_teacher.bundle import TeacherCard
 from edge_teacher.contract import PROTOCOL, frame, topics
-from edge_teacher.contract.errors import CheckFailed
+from edge_teacher.contract.errors import CheckFailed, UsageError
 from edge_teacher.contract.limits import Limits
 from edge_teacher.contract.messages import Card, State, Telemetry
 from edge_teacher.rpc.address import BrokerAddress
@@ -56,6 +56,12 @@ class Agent:
 
     def __init__(self, config: AgentConfig) -> None:
         self.config = config
+        try:
+            config.state.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"the folder for students {config.state} cannot be made: {error.strerror}"
+            ) from error
         self._since = time.time()
         self._session_id = secrets.token_hex(8)
         bundle = bundles.read(config.bundle, config.owners)
@@ -76,6 +82,9 @@ class Agent:
         self._transport: Transport | None = None
         self._server: Server | None = None
         self._stopped = threading.Event()
+        self._telemetry_thread = threading.Thread(
+            target=self._telemetry, name="telemetry", daemon=True
+        )
 
     def card(self) -> Card:
         return Card(
@@ -111,13 +120,16 @@ class Agent:
         )
         self._server.start()
         transport.on_connect(self._announce)
-        threading.Thread(target=self._telemetry, name="telemetry", daemon=True).start()
+        self._telemetry_thread.start()
 
     def stop(self) -> None:
-        """503 to what waits, finish what is computed, say goodbye, disconnect."""
+        """503 to what waits, finish what is computed, say goodbye, disconnect. Again: nothing more."""
+        if self._stopped.is_set():
+            return
         self._stopped.set()
         if self._server is not None:
             self._server.drain()
+            self._telemetry_thread.join()
         if self._transport is not None:
             self._transport.publish(self._state(online=False))
             self._transport.close()
@@ -158,6 +170,8 @@ class Agent:
         self._publish(topics.card(self.config.device), self.card(), qos=1, retain=True)
 
     def _announce(self) -> None:
+        if self._stopped.is_set():
+            return  # reconnected while saying goodbye
         # The card first: whoever hears the birth finds it there.
         self._announce_card()
         if self._transport is not None:

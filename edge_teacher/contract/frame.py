@@ -57,7 +57,7 @@ def _aligned(offset: int) -> int:
 
 def encode(message: msgspec.Struct, tensors: Mapping[str, Array] | None = None) -> bytes:
     """One payload. Raises TypeError for a dtype the wire does not have: that is a bug, not input."""
-    arrays = {name: np.ascontiguousarray(array) for name, array in (tensors or {}).items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in (tensors or {}).items()}
     specs = []
     for name, array in arrays.items():
         dtype = _NAMES.get(array.dtype)
@@ -75,6 +75,14 @@ def encode(message: msgspec.Struct, tensors: Mapping[str, Array] | None = None) 
     return b"".join(parts)
 
 
+def _possible(shape: tuple[int, ...], item_bytes: int) -> bool:
+    """Whether numpy can have such an array; a size beside a zero counts, for numpy counts it too."""
+    if len(shape) > MAX_DIMENSIONS or any(size < 0 for size in shape):
+        return False
+    # Python's integers: what would overflow int64 is caught here, not inside numpy.
+    return math.prod(max(size, 1) for size in shape) * item_bytes < 1 << 63
+
+
 def decode(payload: bytes, kind: type[Message]) -> tuple[Message, dict[str, Array]]:
     """The message and read-only views of its tensors. Raises Malformed for anything but a whole frame."""
     if len(payload) < 8 or payload[:4] != MAGIC:
@@ -85,7 +93,8 @@ def decode(payload: bytes, kind: type[Message]) -> tuple[Message, dict[str, Arra
     try:
         header = msgspec.msgpack.decode(memoryview(payload)[8 : 8 + length], type=_Header)
         message = msgspec.msgpack.decode(header.body, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        # The last two are how msgspec refuses text that is not UTF-8 and nesting without end.
         raise Malformed(f"the frame holds no valid {kind.__name__}: {error}") from error
     tensors: dict[str, Array] = {}
     end = 8 + length
@@ -93,12 +102,11 @@ def decode(payload: bytes, kind: type[Message]) -> tuple[Message, dict[str, Arra
         dtype = _DTYPES.get(spec.dtype)
         if dtype is None:
             raise Malformed(f"tensor {spec.name!r} has the unknown dtype {spec.dtype!r}")
-        if len(spec.shape) > MAX_DIMENSIONS or any(size < 0 for size in spec.shape):
+        if not _possible(spec.shape, dtype.itemsize):
             raise Malformed(f"tensor {spec.name!r} has the impossible shape {spec.shape}")
         if spec.name in tensors:
             raise Malformed(f"tensor {spec.name!r} is there twice")
         start = _aligned(end)
-        # Python's integers: a shape that would overflow int64 is caught here, not inside numpy.
         end = start + math.prod(spec.shape) * dtype.itemsize
         if end > len(payload):
             raise Malformed(f"tensor {spec.name!r} of shape {spec.shape} is longer than its frame")

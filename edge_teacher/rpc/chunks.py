@@ -31,6 +31,8 @@ class Reassembly:
     """The receiving side of one chunked frame. Takes memory only for a total it was allowed."""
 
     def __init__(self, first: Chunk, most_bytes: int) -> None:
+        if first.total_bytes < 1:
+            raise Malformed(f"a chunk belongs to an answer of {first.total_bytes} bytes")
         if first.total_bytes > most_bytes:
             raise TooLarge(
                 f"the answer has {first.total_bytes} bytes and this side takes {most_bytes}; "
@@ -41,9 +43,13 @@ class Reassembly:
         self._buffer = bytearray(first.total_bytes)
         self._missing = dict(ranges(first.total_bytes))
 
+    def owns(self, chunk: Chunk) -> bool:
+        """Whether `chunk` is a piece of this frame, not of another answer to the same question."""
+        return (chunk.total_bytes, chunk.sha256) == (self.total_bytes, self.sha256)
+
     def add(self, chunk: Chunk, data: frame.Array) -> bool:
         """Take one chunk; True if it was new. A damaged or foreign one is dropped and stays missing."""
-        if (chunk.total_bytes, chunk.sha256) != (self.total_bytes, self.sha256):
+        if not self.owns(chunk):
             return False
         if self._missing.get(chunk.offset) != data.nbytes or zlib.crc32(data.data) != chunk.crc32:
             return False

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import msgspec
@@ -36,7 +36,8 @@ Reply = TypeVar("Reply", bound=msgspec.Struct)
 RETRY_S = 5.0
 """Silence after which a request is sent again, or the missing ranges of an answer are asked for."""
 
-_TICK_S = 0.2
+TICK_S = 0.2
+"""How often deadlines and retries are looked at."""
 
 
 @dataclass
@@ -55,20 +56,32 @@ class _Pending:
     deadline: float
     next_try: float
     future: Future[bytes]
-    parts: Reassembly | None = field(default=None)
+    parts: Reassembly | None = None
+    silent_tries: int = 0
+    """Tries since the last piece of an answer came."""
+    busy: Busy | None = None
+    """What the device said last, if it was that."""
 
 
 class Caller:
     """Asks devices over one Transport. Thread-safe: any number of requests may be outstanding."""
 
     def __init__(
-        self, transport: Transport, name: str, *, max_answer_bytes: int = 512 * MIB
+        self,
+        transport: Transport,
+        name: str,
+        *,
+        max_answer_bytes: int = 512 * MIB,
+        retry_s: float = RETRY_S,
+        tick_s: float = TICK_S,
     ) -> None:
         """`name`: the coordinator's id. Raises UsageError for an unusable one."""
         self.wire: dict[str, dict[str, WireBytes]] = defaultdict(lambda: defaultdict(WireBytes))
         self._transport = transport
         self._name = name
         self._max_answer_bytes = max_answer_bytes
+        self._retry_s = retry_s
+        self._tick_s = tick_s
         self._pending: dict[bytes, _Pending] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -97,12 +110,19 @@ class Caller:
         )
         now = time.monotonic()
         future: Future[bytes] = Future()
-        pending = _Pending(device, method, request, now + timeout_s, now + RETRY_S, future)
+        # A future that somebody else could cancel could not be given its outcome any more.
+        future.set_running_or_notify_cancel()
+        pending = _Pending(device, method, request, now + timeout_s, now + self._retry_s, future)
         with self._lock:
             if self._closed.is_set():
                 raise Unreachable("this connection is closed")
             self._pending[correlation] = pending
-        self._send(pending)
+        try:
+            self._send(pending)
+        except BaseException:
+            with self._lock:
+                self._pending.pop(correlation, None)
+            raise
         return future
 
     def call(
@@ -149,12 +169,20 @@ class Caller:
     # ── sending ──────────────────────────────────────────────────────────────────────────────
 
     def _send(self, pending: _Pending) -> None:
-        self.wire[pending.device][pending.method].sent += len(pending.request.payload)
-        self._transport.publish(pending.request)
+        self._count(pending, sent=len(pending.request.payload))
+        # A retry is worth only what is left: later, nobody waits for what it would compute.
+        left = max(1, math.ceil(pending.deadline - time.monotonic()))
+        self._transport.publish(replace(pending.request, expiry_s=left))
+
+    def _count(self, pending: _Pending, *, sent: int = 0, received: int = 0) -> None:
+        with self._lock:
+            counted = self.wire[pending.device][pending.method]
+            counted.sent += sent
+            counted.received += received
 
     def _control(self, pending: _Pending, control: Control) -> None:
         payload = frame.encode(control)
-        self.wire[pending.device][pending.method].sent += len(payload)
+        self._count(pending, sent=len(payload))
         self._transport.publish(
             Message(topic=topics.control(pending.device), payload=payload, expiry_s=30)
         )
@@ -183,11 +211,12 @@ class Caller:
             pending = self._pending.get(message.correlation)
         if pending is None or message.topic != pending.request.response_topic:
             return
-        self.wire[pending.device][pending.method].received += len(message.payload)
+        self._count(pending, received=len(message.payload))
         try:
             payload = self._whole(pending, message)
         except Busy as error:
             # Within the deadline a busy device is asked again; the answer is all the caller wants.
+            pending.busy = error
             pending.next_try = time.monotonic() + (error.retry_after_s or 1.0)
         except RpcError as error:
             self._finish(pending, error)
@@ -203,13 +232,20 @@ class Caller:
         if status != "206":
             problem, _ = frame.decode(message.payload, Problem)
             raise error_from_code(problem.code, problem.message, problem.retry_after_s)
-        chunk, tensors = frame.decode(message.payload, Chunk)
-        data = frame.tensor(tensors, "data", "u8", None)
-        if pending.parts is None:
-            pending.parts = Reassembly(chunk, self._max_answer_bytes)
+        try:
+            chunk, tensors = frame.decode(message.payload, Chunk)
+            data = frame.tensor(tensors, "data", "u8", None)
+            # Asked anew, a device that has dropped its answer gives another one, from its beginning.
+            anew = pending.silent_tries > 1
+            if pending.parts is None or (anew and not pending.parts.owns(chunk)):
+                pending.parts = Reassembly(chunk, self._max_answer_bytes)
+        except Malformed as error:
+            log.warning("dropped a damaged chunk from %s: %s", pending.device, error)
+            return None  # it stays missing, and is asked for again
         if not pending.parts.add(chunk, data):
             return None
-        pending.next_try = time.monotonic() + RETRY_S
+        pending.silent_tries = 0
+        pending.next_try = time.monotonic() + self._retry_s
         if pending.parts.missing:
             request = pending.request
             self._control(
@@ -241,26 +277,27 @@ class Caller:
     # ── time ─────────────────────────────────────────────────────────────────────────────────
 
     def _watch_deadlines(self) -> None:
-        while not self._closed.wait(_TICK_S):
+        while not self._closed.wait(self._tick_s):
             now = time.monotonic()
             with self._lock:
                 waiting = list(self._pending.values())
             for pending in waiting:
                 if now >= pending.deadline:
                     seconds = pending.request.expiry_s
-                    self._finish(
-                        pending,
-                        Unreachable(
-                            f"{pending.device} did not answer {pending.method} within {seconds} s"
-                        ),
-                    )
+                    silence = f"{pending.device} did not answer {pending.method} within {seconds} s"
+                    self._finish(pending, pending.busy or Unreachable(silence))
                 elif now >= pending.next_try:
-                    pending.next_try = now + RETRY_S
+                    pending.next_try = now + self._retry_s
                     self._try_again(pending)
 
     def _try_again(self, pending: _Pending) -> None:
+        # The missing ranges and the whole question take turns: a device that has restarted, or has
+        # dropped the answer, does not know the ranges any more.
+        ranges = pending.silent_tries % 2 == 0
+        pending.silent_tries += 1
+        pending.busy = None
         try:
-            if pending.parts is not None and pending.parts.missing:
+            if ranges and pending.parts is not None and pending.parts.missing:
                 request = pending.request
                 self._control(
                     pending,

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from paho.mqtt.client import Client, MQTTMessage
+from paho.mqtt.client import Client, MQTTMessage, MQTTMessageInfo
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -24,6 +24,7 @@ from edge_teacher.rpc.transport import Handler, Message, deliver, matches
 log = logging.getLogger(__name__)
 
 _RECEIVE_MAXIMUM = 64
+_FLUSH_S = 5.0
 
 
 def _properties(message: Message, packet: int = PacketTypes.PUBLISH) -> Properties:
@@ -53,6 +54,14 @@ def _message(received: MQTTMessage) -> Message:
     )
 
 
+class _Grant:
+    """What the broker says to one SUBSCRIBE."""
+
+    def __init__(self) -> None:
+        self.answered = threading.Event()
+        self.refusal = ""
+
+
 class PahoTransport:
     """A Transport to a real broker. Reconnects for ever, one to thirty seconds apart."""
 
@@ -71,7 +80,8 @@ class PahoTransport:
         self._connect_actions: list[Callable[[], None]] = []
         self._connected = threading.Event()
         self._answered = threading.Event()
-        self._granted: dict[int, threading.Event] = {}
+        self._grants: dict[int, _Grant] = {}
+        self._last_published: MQTTMessageInfo | None = None
         self._lock = threading.Lock()
         self._refusal = ""
         self._client = Client(
@@ -108,9 +118,9 @@ class PahoTransport:
         self._client.loop_start()
         self._answered.wait(connect_timeout_s)
         if not self._connected.is_set():
+            reason = self._refusal or f"no answer within {connect_timeout_s:g} s"
             self._client.disconnect()
             self._client.loop_stop()
-            reason = self._refusal or f"no answer within {connect_timeout_s:g} s"
             raise Unreachable(f"the broker at {address} did not accept {client_id!r}: {reason}")
 
     def subscribe(self, topic_filter: str, handler: Handler) -> None:
@@ -119,8 +129,10 @@ class PahoTransport:
         self._subscribe(topic_filter, wait_s=10)
 
     def on_connect(self, action: Callable[[], None]) -> None:
-        self._connect_actions.append(action)
-        if self._connected.is_set():
+        with self._lock:
+            self._connect_actions.append(action)
+            connected = self._connected.is_set()
+        if connected:
             action()
 
     def publish(self, message: Message) -> None:
@@ -130,23 +142,32 @@ class PahoTransport:
                 f"a message of {len(message.payload)} bytes exceeds the packet size of "
                 f"{MAX_PACKET_BYTES}; send it in chunks"
             )
-        self._client.publish(
+        published = self._client.publish(
             message.topic, message.payload, message.qos, message.retain, _properties(message)
         )
+        if message.qos:
+            self._last_published = published
 
     def close(self) -> None:
+        # paho sends no more than the receive maximum at once and forgets the rest at DISCONNECT;
+        # the broker acknowledges in order, so the last acknowledgement is everybody's.
+        if self._last_published is not None and self._connected.is_set():
+            with contextlib.suppress(ValueError, RuntimeError):
+                self._last_published.wait_for_publish(_FLUSH_S)
         self._client.disconnect()
-        # Ends once everything queued before DISCONNECT is on the wire.
         self._client.loop_stop()
 
     def _subscribe(self, topic_filter: str, wait_s: float = 0) -> None:
-        granted = threading.Event()
+        grant = _Grant()
         with self._lock:
             _, identifier = self._client.subscribe(topic_filter, options=SubscribeOptions(qos=1))
             if identifier is not None:
-                self._granted[identifier] = granted
-        if wait_s and not granted.wait(wait_s):
-            raise Unreachable(f"the broker at {self._address} did not grant {topic_filter!r}")
+                self._grants[identifier] = grant
+        if wait_s and (not grant.answered.wait(wait_s) or grant.refusal):
+            reason = grant.refusal or f"no answer within {wait_s:g} s"
+            raise Unreachable(
+                f"the broker at {self._address} did not grant {topic_filter!r}: {reason}"
+            )
 
     def _on_connect(self, _c: Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
         if reason.is_failure:
@@ -158,21 +179,39 @@ class PahoTransport:
             filters = [topic_filter for topic_filter, _ in self._handlers]
         for topic_filter in filters:
             self._subscribe(topic_filter)
-        self._connected.set()
+        with self._lock:
+            # Together: an action added meanwhile is run here or by who adds it, never by both.
+            self._connected.set()
+            actions = list(self._connect_actions)
         self._answered.set()
-        for action in list(self._connect_actions):
-            action()
+        for action in actions:
+            try:
+                action()
+            except Exception:
+                # paho would end the thread that keeps this connection alive.
+                log.exception("an announcement after connecting to %s failed", self._address)
 
     def _on_disconnect(self, _c: Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
         self._connected.clear()
+        if not self._answered.is_set():
+            # A handshake refused, or no broker at all: it will not get better by waiting.
+            self._refusal = self._refusal or f"it hung up ({reason})"
+            self._answered.set()
+            return
         if reason.is_failure:
             log.warning("lost the broker at %s: %s; reconnecting", self._address, reason)
 
-    def _on_subscribe(self, _c: Client, _u: Any, identifier: int, *_rest: Any) -> None:
+    def _on_subscribe(
+        self, _c: Client, _u: Any, identifier: int, reasons: list[ReasonCode], _p: Any
+    ) -> None:
         with self._lock:
-            granted = self._granted.pop(identifier, None)
-        if granted is not None:
-            granted.set()
+            grant = self._grants.pop(identifier, None)
+        refused = [str(reason) for reason in reasons if reason.is_failure]
+        if refused:
+            log.warning("the broker at %s refused a subscription: %s", self._address, refused[0])
+        if grant is not None:
+            grant.refusal = ", ".join(refused)
+            grant.answered.set()
 
     def _on_socket_open(self, _c: Client, _u: Any, connection: Any) -> None:
         # A TLS socket and a Unix socket may refuse; both work without.

@@ -128,15 +128,25 @@ class Server:
     def drain(self, timeout_s: float = 10) -> None:
         """Answer 503 to what waits and to what comes; finish what is being computed."""
         self._draining = True
-        with contextlib.suppress(queue.Empty):
-            while True:
-                job = self._jobs.get_nowait()
-                if job is not None:
-                    self._refuse(job.key, Draining(f"{self._device} is shutting down"))
+        self._refuse_queued()
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join(timeout_s)
+        # What the connection's thread let in while this was beginning.
+        self._refuse_queued()
+
+    def _refuse_queued(self) -> None:
+        stops = 0
+        with contextlib.suppress(queue.Empty):
+            while True:
+                job = self._jobs.get_nowait()
+                if job is None:
+                    stops += 1
+                else:
+                    self._refuse(job.key, Draining(f"{self._device} is shutting down"))
+        for _ in range(stops):  # for workers that are still computing
+            self._jobs.put(None)
 
     # ── on the connection's thread ───────────────────────────────────────────────────────────
 
@@ -168,17 +178,17 @@ class Server:
     def _admit(self, key: _Key, message: Message) -> _Job:
         parsed = topics.parse(message.topic)
         asker = topics.parse(key.respond_to)
+        if self._allowed and (asker is None or asker.owner not in self._allowed):
+            raise NotAllowed(
+                f"{asker.owner if asker else '?'} is not among the coordinators "
+                f"{self._device} answers; its owner can add it to the configuration"
+            )
         if parsed is None or parsed.rest not in self._methods:
             known = ", ".join(sorted(self._methods))
             raise NotFound(f"{message.topic!r} names no method; this device answers {known}")
         if not 1 <= len(key.correlation) <= 64:
             raise Malformed(
                 f"the correlation data has {len(key.correlation)} bytes, and must have 1 to 64"
-            )
-        if self._allowed and (asker is None or asker.owner not in self._allowed):
-            raise NotAllowed(
-                f"{asker.owner if asker else '?'} is not among the coordinators "
-                f"{self._device} answers; its owner can add it to the configuration"
             )
         if self._draining:
             raise Draining(f"{self._device} is shutting down")
@@ -199,10 +209,13 @@ class Server:
         if done is None or not done.sha256:
             return
         if control.kind == "credit":
-            self._send_chunks(key, done, min(control.credits, OUTSTANDING_CHUNKS))
+            self._send_chunks(key, done, max(0, min(control.credits, OUTSTANDING_CHUNKS)))
         elif control.kind == "resend":
-            known = set(chunks.ranges(len(done.payload)))
-            for offset, length in [r for r in control.ranges if r in known][:OUTSTANDING_CHUNKS]:
+            every = {r: i for i, r in enumerate(chunks.ranges(len(done.payload)))}
+            for offset, length in [r for r in control.ranges if r in every][:OUTSTANDING_CHUNKS]:
+                with self._lock:
+                    # What lies before the missing has arrived: the next credit goes on behind it.
+                    done.next_chunk = max(done.next_chunk, every[offset, length] + 1)
                 self._send_chunk(key, done, offset, length)
 
     # ── on the workers ───────────────────────────────────────────────────────────────────────

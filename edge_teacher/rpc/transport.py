@@ -52,8 +52,13 @@ class Transport(Protocol):
 
 
 def matches(topic_filter: str, topic: str) -> bool:
-    """MQTT 5.0 section 4.7: `+` is one level, a final `#` is all further ones, the parent included."""
+    """MQTT 5.0 section 4.7: `+` is one level, a final `#` is all further ones, the parent included.
+
+    Neither stands for a first level that begins with `$`: those are the broker's own.
+    """
     wanted, levels = topic_filter.split("/"), topic.split("/")
+    if topic.startswith("$") and wanted[0] in ("+", "#"):
+        return False
     for i, want in enumerate(wanted):
         if want == "#":
             return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,15 @@ from numpy.typing import NDArray
 
 from edge_teacher import bundle as bundles
 from edge_teacher.bundle import Bundle, StudentCard
-from edge_teacher.contract.errors import CheckFailed, FedsaError, NotAllowed, NotFound, TooLarge
+from edge_teacher.contract.errors import (
+    CheckFailed,
+    FedsaError,
+    Malformed,
+    NotAllowed,
+    NotFound,
+    TooLarge,
+    UsageError,
+)
 from edge_teacher.contract.images import check_images
 from edge_teacher.contract.messages import Received, StudentOffer, StudentStatus
 from edge_teacher.contract.topics import check_name
@@ -24,6 +33,8 @@ from edge_teacher.runtime import Session, run_in_batches
 from edge_teacher.slots.slot_files import SLOTS, SlotFiles
 
 log = logging.getLogger(__name__)
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 Load = Callable[[bytes, str], Session]
 """(graph, name for messages) -> a session on this device's runtime."""
@@ -74,9 +85,12 @@ class Students:
     def offer(self, offer: StudentOffer, data: bytes) -> Received:
         """Take a piece of a bundle; verify and install it into the free slot once it is whole.
 
-        Raises NotAllowed for a version already passed, TooLarge, and CheckFailed for a bundle that is
-        damaged, not signed by a trusted key, not what the offer said, or unusable on this runtime.
+        Raises Malformed, NotAllowed for a version already passed, TooLarge, and CheckFailed for a bundle
+        that is damaged, not signed by a trusted key, not what the offer said, or unusable on this runtime.
         """
+        if not _DIGEST.fullmatch(offer.digest):
+            # It becomes part of a file's name.
+            raise Malformed(f"the digest {offer.digest!r} is no SHA-256 in hexadecimal digits")
         files = self._files(offer.task)
         whole = Received(next_offset=offer.total_bytes, total_bytes=offer.total_bytes)
         if self._installed(files, offer):
@@ -107,7 +121,7 @@ class Students:
             raise
         part.replace(files.bundle(files.other))
         files.raise_highest(offer.version)
-        self._note(offer.task, state="verified", candidate_version=offer.version, problem="")
+        self._note(offer.task, state="verified", problem="", **self._versions(offer.task, files))
         return whole
 
     def activate(self, task: str, version: int) -> None:
@@ -117,11 +131,10 @@ class Students:
         """
         files = self._files(task)
         for slot in SLOTS:
-            if files.bundle(slot).exists():
-                found = bundles.read(files.bundle(slot), self._trusted)
-                if isinstance(found.card, StudentCard) and found.card.version == version:
-                    self._switch(task, files, slot, found)
-                    return
+            found = self._in_slot(files, slot)
+            if found is not None and found[1].version == version:
+                self._switch(task, files, slot, *found)
+                return
         raise NotFound(f"version {version} of {task!r} is not installed here: offer it first")
 
     def rollback(self, task: str) -> None:
@@ -144,10 +157,28 @@ class Students:
         if offer.version not in (status.active_version, status.candidate_version):
             return False
         return any(
-            files.bundle(slot).exists()
-            and bundles.read(files.bundle(slot), self._trusted).digest == offer.digest
-            for slot in SLOTS
+            found is not None and found[0].digest == offer.digest
+            for found in (self._in_slot(files, slot) for slot in SLOTS)
         )
+
+    def _in_slot(self, files: SlotFiles, slot: str) -> tuple[Bundle, StudentCard] | None:
+        """The student there. None also for one that is damaged, or whose key is trusted no more."""
+        try:
+            found = bundles.read(files.bundle(slot), self._trusted)
+        except FedsaError:
+            return None
+        return (found, found.card) if isinstance(found.card, StudentCard) else None
+
+    def _versions(self, task: str, files: SlotFiles) -> dict[str, int]:
+        """What the slots hold, as fields of the status: see `slot_files`."""
+        active = self._active[task].card.version if task in self._active else 0
+        found = self._in_slot(files, files.other)
+        other = 0 if found is None else found[1].version
+        return {
+            "active_version": active,
+            "previous_version": other if other < active else 0,
+            "candidate_version": other if other > active else 0,
+        }
 
     def _check(self, found: Bundle, offer: StudentOffer) -> StudentCard:
         card = found.card
@@ -170,11 +201,11 @@ class Students:
             f"executes {', '.join(self._dialects)}"
         )
 
-    def _switch(self, task: str, files: SlotFiles, slot: str, found: Bundle) -> None:
-        assert isinstance(found.card, StudentCard)
-        card = found.card
-        dialect = self._dialect(card)
+    def _switch(
+        self, task: str, files: SlotFiles, slot: str, found: Bundle, card: StudentCard
+    ) -> None:
         try:
+            dialect = self._dialect(card)
             session = self._load(found.file(card.graphs[dialect]), card.graphs[dialect])
             agreement, ms_per_image = _canary(found, card, dialect, session)
             if agreement < card.canary_agreement:
@@ -185,18 +216,16 @@ class Students:
         except FedsaError as error:
             self._note(task, state="failed", problem=str(error))
             raise
-        before = self.status(task).active_version
         files.switch(slot)
         self._active[task] = ActiveStudent(card, session)
-        self._status[task] = StudentStatus(
+        status = StudentStatus(
             task=task,
-            active_version=card.version,
-            previous_version=before if before != card.version else 0,
             state="active",
             canary_agreement=agreement,
             canary_ms_per_image=ms_per_image,
             runtime_file=card.graphs[dialect],
         )
+        self._status[task] = msgspec.structs.replace(status, **self._versions(task, files))
         log.info("%s version %d is active (%s)", task, card.version, dialect)
 
     def _note(self, task: str, **changes: object) -> None:
@@ -204,40 +233,43 @@ class Students:
 
     def _restore(self, task: str) -> None:
         """After a start: what the link names answers again, once it has proved itself again."""
-        files = self._files(task)
-        slot = files.active
-        if slot is None:
-            return
         try:
-            self._switch(task, files, slot, bundles.read(files.bundle(slot), self._trusted))
-            other = files.bundle(files.other)
-            if other.exists():
-                card = bundles.read(other, self._trusted).card
-                if isinstance(card, StudentCard):
-                    name = (
-                        "previous"
-                        if card.version < self._active[task].card.version
-                        else "candidate"
-                    )
-                    self._note(task, **{f"{name}_version": card.version})
+            files = self._files(task)
+        except UsageError:
+            log.warning("%s is no folder of a task, and is left alone", self._folder / task)
+            return
+        slot = files.active
+        try:
+            if slot is not None:
+                found = bundles.read(files.bundle(slot), self._trusted)
+                if not isinstance(found.card, StudentCard):
+                    raise CheckFailed(f"the bundle in slot {slot} of {task!r} holds no student")
+                self._switch(task, files, slot, found, found.card)
         except FedsaError as error:
             log.warning("the student of %s cannot be restored: %s", task, error)
-            self._note(task, state="failed", problem=str(error))
+            self._note(task, state="failed", problem=str(error), **self._versions(task, files))
+            return
+        versions = self._versions(task, files)
+        if slot is None and versions["candidate_version"]:
+            self._note(task, state="verified", **versions)
 
 
 def _canary(
     found: Bundle, card: StudentCard, dialect: str, session: Session
 ) -> tuple[float, float]:
     """Share of canary images with the expected top-1 class, and milliseconds per image."""
+    if dialect not in card.canary_logits:
+        raise CheckFailed(f"the student {card.task!r} has no canary logits for {dialect}")
     images = check_images(_array(found.file(card.canary_images)))
     expected = _array(found.file(card.canary_logits[dialect]))
+    wanted = (len(images), len(card.classes))
     started = time.perf_counter()
     logits = run_in_batches(session, images, "logits")
     elapsed_ms = (time.perf_counter() - started) * 1e3
-    if logits.shape != expected.shape or not np.isfinite(logits).all():
+    if not logits.shape == expected.shape == wanted or not np.isfinite(logits).all():
         raise CheckFailed(
             f"the student {card.task!r} gives logits {list(logits.shape)} on its canary batch, "
-            f"not finite {list(expected.shape)}"
+            f"not finite {list(wanted)} like its {len(card.classes)} classes"
         )
     agreement = float((logits.argmax(1) == expected.argmax(1)).mean())
     return agreement, elapsed_ms / len(images)
@@ -245,7 +277,9 @@ def _canary(
 
 def _array(data: bytes) -> NDArray[np.generic]:
     try:
-        array: NDArray[np.generic] = np.load(io.BytesIO(data), allow_pickle=False)
+        array = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise CheckFailed(f"the canary batch cannot be read: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise CheckFailed("the canary batch is an archive of arrays, and must be one array")
     return array

@@ -15,10 +15,10 @@ import io
 import json
 import tarfile
 import time
-import tomllib
 from pathlib import Path
 
 import numpy as np
+import tomllib
 import torch
 from nets import ARCHITECTURES
 from PIL import Image
@@ -90,9 +90,13 @@ def train(index: int, data: dict[str, dict[str, np.ndarray]], epochs: int) -> No
 
     architecture = manifest["module"].split(":")[1]
     net = ARCHITECTURES[architecture](CLASSES_PER_TEACHER).to(memory_format=torch.channels_last)
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimiser = torch.optim.SGD(
+        net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
     steps = epochs * (len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.15, total_steps=steps, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, 0.15, total_steps=steps, pct_start=0.2
+    )
 
     def accuracy() -> float:
         net.eval()
@@ -134,7 +138,9 @@ def train(index: int, data: dict[str, dict[str, np.ndarray]], epochs: int) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="tiny_imagenet32_160.tar.xz")
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--only", type=int, nargs="*", default=list(range(8)), metavar="I")

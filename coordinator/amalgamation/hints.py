@@ -1,0 +1,52 @@
+"""Hint losses (FitNets, Romero et al. 2015): the student's features should tell the teacher's.
+
+Teachers' features differ in scale by orders of magnitude, and would so weigh in the loss whatever
+the selection said. So they are brought to unit scale over the transfer set first.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_EPSILON = 1e-6
+
+
+def map_hint(translator: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
+    """mean ||R(F_S) - F_T||^2 over images, channels and pixels; a scalar.
+
+    student [N, c, h, w] is brought to the spatial size of teacher [N, C, H, W] before it is
+    translated, so that what the teacher said is compared as it was said.
+    """
+    if student.shape[2:] != teacher.shape[2:]:
+        student = F.interpolate(
+            student, list(teacher.shape[2:]), mode="bilinear", align_corners=False
+        )
+    return F.mse_loss(translator(student), teacher)
+
+
+def pooled_hint(translator: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
+    """mean ||R(f_S) - f_T||^2 over images and channels; student [N, c], teacher [N, C]."""
+    return F.mse_loss(translator(student), teacher)
+
+
+def unit_scale_maps(maps: Tensor) -> Tensor:
+    """Maps [N, C, h, w] divided by their root mean square over all of them.
+
+    Not centred: zero means "nothing here" after a ReLU, and stays zero.
+    """
+    return maps / maps.square().mean().sqrt().clamp_min(_EPSILON)
+
+
+def signed_root(pooled: Tensor) -> Tensor:
+    """sign(x) sqrt(|x|), elementwise.
+
+    A pooled ReLU channel is near zero for most images and large for a few. Its root is closer to
+    what squares and logistic regression take for granted; heads on it were about one point better.
+    """
+    return pooled.sign() * pooled.abs().sqrt()
+
+
+def standardise(pooled: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, deviation) of each channel of pooled features [N, C], the deviation never zero."""
+    return pooled.mean(0), pooled.std(0, correction=0).clamp_min(_EPSILON)

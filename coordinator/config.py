@@ -1,0 +1,308 @@
+"""The configuration of `fedsa train`: one TOML file, environment variables and flags over it.
+
+Every key is a field below, with its type, range, default and meaning; nothing else is a key, and
+the example that `example_config` gives is made from the same fields. A key is `section.key`: in the
+file under `[section]`, in the environment `FEDSA_SECTION_KEY`, as a flag `--section.key`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import tomllib
+from msgspec import Meta
+
+from edge_teacher.contract.errors import UsageError
+
+_PREFIX = "FEDSA_"
+
+
+class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Image folders, tar archives (or folders inside them), or .npz files."""
+
+    probe: Annotated[str, Meta(description="labelled images: <class>/<name>.jpg")] = ""
+    transfer: Annotated[str, Meta(description="unlabelled images of the same kind")] = ""
+    test: Annotated[str, Meta(description="labelled images to measure by; empty: none")] = ""
+
+
+class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the devices are met, and with `mqtts://` what to show there."""
+
+    url: Annotated[str, Meta(description="mqtt://HOST:PORT or mqtts://HOST:PORT")] = ""
+    ca: Annotated[str, Meta(description="certificate authority of the broker")] = ""
+    certificate: Annotated[str, Meta(description="the coordinator's certificate")] = ""
+    key: Annotated[str, Meta(description="the coordinator's private key")] = ""
+    name: Annotated[str, Meta(description="the coordinator's id (its certificate's CN)")] = (
+        "coordinator"
+    )
+
+
+class StudentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The network that is trained and deployed."""
+
+    channels: Annotated[
+        int,
+        Meta(ge=8, le=256, description="of the first stage; the others have 2 and 6 times as many"),
+    ] = 24
+
+
+class WarmupConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The student learns from the probe set alone, so that it looks somewhere at all."""
+
+    epochs: Annotated[int, Meta(ge=1, description="passes over the probe set")] = 10
+    rate: Annotated[float, Meta(gt=0, description="the greatest learning rate")] = 0.05
+
+
+class SelectionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which teachers take part, by where they and the student look."""
+
+    strategy: Annotated[
+        Literal["top-k", "sampled", "random", "all"],
+        Meta(description="top-k, sampled (with replacement), random, or all"),
+    ] = "top-k"
+    k: Annotated[int, Meta(ge=1, description="how many teachers are chosen")] = 3
+    every_rounds: Annotated[int, Meta(ge=1, description="select again after so many rounds")] = 7
+
+
+class AggregationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The student learns what the selected teachers say of the transfer set. A weight 0 is off."""
+
+    form: Annotated[
+        Literal["joint", "fedavg"],
+        Meta(description="joint: one student, all losses; fedavg: a copy per teacher, averaged"),
+    ] = "joint"
+    rounds: Annotated[int, Meta(ge=1, description="how often, in all")] = 14
+    epochs: Annotated[int, Meta(ge=1, description="passes over the images in each round")] = 1
+    rate: Annotated[float, Meta(gt=0, description="the greatest learning rate")] = 0.1
+    hint_maps: Annotated[float, Meta(ge=0, description="weight of feature map hints")] = 0.0
+    hint_pooled: Annotated[float, Meta(ge=0, description="weight of pooled feature hints")] = 1.0
+    soft_targets: Annotated[
+        float, Meta(ge=0, description="weight of the task head's soft predictions")
+    ] = 1.0
+    temperature: Annotated[
+        float, Meta(gt=0, description="of the soft predictions; below 1 sharpens")
+    ] = 0.5
+    flips: Annotated[
+        bool, Meta(description="ask for mirrored images too: twice the queries, better features")
+    ] = True
+
+    def __post_init__(self) -> None:
+        if not (self.hint_maps or self.hint_pooled or self.soft_targets):
+            raise ValueError("hint_maps, hint_pooled and soft_targets are all 0: nothing to learn")
+
+
+class HeadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The task head: logistic regression on the selected teachers' pooled features."""
+
+    folds: Annotated[int, Meta(ge=2, description="of the cross-validation of its penalty")] = 5
+
+
+class FinetuneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A fresh head is trained on the probe set."""
+
+    epochs: Annotated[int, Meta(ge=0, description="passes over the probe set")] = 5
+    rate: Annotated[float, Meta(gt=0, description="the greatest learning rate")] = 0.005
+
+
+class ScratchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The baseline: the same network trained on the probe set alone."""
+
+    epochs: Annotated[int, Meta(ge=0, description="passes over the probe set; 0: no baseline")] = 40
+    rate: Annotated[float, Meta(gt=0, description="the greatest learning rate")] = 0.05
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All of it."""
+
+    seed: Annotated[int, Meta(ge=0, description="of every random choice")] = 0
+    threads: Annotated[int, Meta(ge=0, description="of the processor; 0: all its cores")] = 0
+    batch: Annotated[int, Meta(ge=2, description="images in one step of training")] = 64
+    shift: Annotated[int, Meta(ge=0, description="pixels a training image is shifted at most")] = 4
+    weight_decay: Annotated[float, Meta(ge=0, description="of every weight, in every step")] = 5e-4
+    broker: BrokerConfig = BrokerConfig()
+    data: DataConfig = DataConfig()
+    student: StudentConfig = StudentConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    selection: SelectionConfig = SelectionConfig()
+    aggregation: AggregationConfig = AggregationConfig()
+    head: HeadConfig = HeadConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    scratch: ScratchConfig = ScratchConfig()
+
+
+def load_config(
+    path: Path | None,
+    overrides: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Config:
+    """Defaults, then the file, then FEDSA_… variables, then `overrides` ({"section.key": text}).
+
+    `environ` is the process's environment unless given. Raises UsageError for a file that cannot be
+    read, a key that does not exist (naming the nearest that does), or a value of the wrong type or
+    out of range.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read_toml(path)
+        _require_known(values, f"in {path}")
+        _convert(values, f"in {path}")
+    for origin, texts in (
+        ("in the environment", _from_environment(os.environ if environ is None else environ)),
+        ("on the command line", dict(overrides or {})),
+    ):
+        for key, text in texts.items():
+            if key not in _KEYS:
+                raise UsageError(_unknown(key, origin))
+            section, _, name = key.rpartition(".")
+            target = values.setdefault(section, {}) if section else values
+            target[name] = _parse(key, text, origin)
+        _convert(values, origin)
+    return _convert(values, "")
+
+
+def config_toml(config: Config) -> str:
+    """`config` as TOML that `load_config` reads back to the same values, every key explained."""
+    lines: list[str] = []
+    for section, struct in ((None, config), *_sections(config)):
+        if section:
+            lines += ["", f"# {_first_line(struct)}", f"[{section}]"]
+        for field in msgspec.structs.fields(struct):
+            value = getattr(struct, field.name)
+            if not isinstance(value, msgspec.Struct):
+                lines.append(f"{field.name} = {_toml(value)}  # {_description(field)}")
+    return "\n".join(lines) + "\n"
+
+
+def example_config() -> str:
+    """The defaults as a commented TOML file."""
+    return config_toml(Config())
+
+
+def config_keys() -> dict[str, str]:
+    """Every key there is, `section.key`, with its meaning."""
+    return {key: _description(field) for key, field in _KEYS.items()}
+
+
+def environment_name(key: str) -> str:
+    """`selection.k` -> `FEDSA_SELECTION_K`."""
+    return _PREFIX + re.sub(r"[.\-]", "_", key).upper()
+
+
+def _sections(config: Config) -> Iterator[tuple[str, msgspec.Struct]]:
+    for field in msgspec.structs.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, msgspec.Struct):
+            yield field.name, value
+
+
+def _keys() -> dict[str, msgspec.structs.FieldInfo]:
+    """Every key there is, `section.key`, with its field."""
+    keys = {}
+    for field in msgspec.structs.fields(Config):
+        if isinstance(field.default, msgspec.Struct):
+            for inner in msgspec.structs.fields(field.default):
+                keys[f"{field.name}.{inner.name}"] = inner
+        else:
+            keys[field.name] = field
+    return keys
+
+
+_KEYS = _keys()
+_SECTIONS = {key.split(".")[0] for key in _KEYS if "." in key}
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"The configuration {path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"The configuration {path} is not TOML: {error}.") from error
+
+
+def _require_known(values: dict[str, Any], origin: str) -> None:
+    for name, value in values.items():
+        if name in _SECTIONS:
+            if not isinstance(value, dict):
+                raise UsageError(f"{name} {origin} is a section: write it as [{name}].")
+            for inner in value:
+                if f"{name}.{inner}" not in _KEYS:
+                    raise UsageError(_unknown(f"{name}.{inner}", origin))
+        elif name not in _KEYS:
+            raise UsageError(_unknown(name, origin))
+
+
+def _unknown(key: str, origin: str) -> str:
+    near = difflib.get_close_matches(key, [*_KEYS, *_SECTIONS], n=1, cutoff=0.4)
+    # A right name in the wrong section is the commonest slip, and far in spelling.
+    same = [k for k in _KEYS if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    nearest = same or near
+    hint = f"; did you mean {nearest[0]}?" if nearest else "."
+    return f"There is no configuration key {key} ({origin}){hint}"
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The keys that FEDSA_… variables set.
+
+    A variable that neither begins with a section's name nor resembles a key is another command's.
+    """
+    names = {environment_name(key): key for key in _KEYS}
+    found = {}
+    for variable in sorted(v for v in environ if v.startswith(_PREFIX)):
+        if variable in names:
+            found[names[variable]] = environ[variable]
+            continue
+        ours = any(variable.startswith(environment_name(s) + "_") for s in _SECTIONS)
+        near = difflib.get_close_matches(variable, names, n=1, cutoff=0.4 if ours else 0.85)
+        if ours or near:
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise UsageError(f"The environment variable {variable} sets no configuration key{hint}")
+    return found
+
+
+def _parse(key: str, text: str, origin: str) -> Any:
+    """A text from the environment or a flag as its key's type."""
+    try:
+        return msgspec.convert(text, _KEYS[key].type, strict=False)
+    except msgspec.ValidationError as error:
+        raise UsageError(
+            f"{key} {origin} is {text!r}: {_sentence(error)} ({_description(_KEYS[key])})."
+        ) from error
+
+
+def _convert(values: dict[str, Any], origin: str) -> Config:
+    try:
+        return msgspec.convert(values, Config)
+    except msgspec.ValidationError as error:
+        where = re.search(r"`\$\.?([^`]*)`", str(error))
+        key = where.group(1) if where else "the configuration"
+        meaning = f" ({_description(_KEYS[key])})" if key in _KEYS else ""
+        raise UsageError(f"{key} {origin}: {_sentence(error)}{meaning}.") from error
+
+
+def _sentence(error: msgspec.ValidationError) -> str:
+    return str(error).split(" - at ")[0].replace("`", "").replace("Expected", "it must be")
+
+
+def _description(field: msgspec.structs.FieldInfo) -> str:
+    metas = getattr(field.type, "__metadata__", ())
+    return next((meta.description for meta in metas if meta.description), field.name)
+
+
+def _first_line(struct: msgspec.Struct) -> str:
+    return (type(struct).__doc__ or "").strip().splitlines()[0]
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON's string escapes are all TOML's too.
+        return msgspec.json.encode(value).decode()
+    return repr(value)

@@ -1,0 +1,74 @@
+"""A trained student as a signed bundle: FP32, INT8 in two dialects, its canary batch and its report."""
+
+from __future__ import annotations
+
+import io
+import time
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
+
+from coordinator.data import LabelledImages
+from coordinator.student import Student
+from edge_teacher import bundle as bundles
+from edge_teacher.bundle import StudentCard
+from export.student import FP32, INT8_CPU, INT8_TENSORRT, StudentInput, export_student
+from export.student_report import StudentReport
+
+GRAPHS = {"int8_cpu": INT8_CPU, "int8_tensorrt": INT8_TENSORRT, "fp32": FP32}
+
+
+@dataclass(frozen=True)
+class PackagedStudent:
+    bundle: bytes
+    card: StudentCard
+    report: StudentReport
+
+
+def next_version() -> int:
+    """The time in UTC as yyyymmddhhmmss: every later one is higher, and a person can read it."""
+    return int(time.strftime("%Y%m%d%H%M%S", time.gmtime()))
+
+
+def package_student(
+    student: Student,
+    task: str,
+    version: int,
+    calibration: NDArray[np.uint8],
+    holdout: LabelledImages | None,
+    key: Ed25519PrivateKey,
+) -> PackagedStudent:
+    """Quantise, check and sign. Raises CheckFailed if the files do not answer as the student does."""
+    spec = student.spec
+    exported = export_student(
+        student.network(),
+        StudentInput((spec.height, spec.width), spec.mean, spec.std),
+        spec.classes,
+        calibration,
+        (holdout.images, holdout.labels) if holdout is not None else None,
+    )
+    canary = exported.canary
+    card = StudentCard(
+        task=task,
+        version=version,
+        classes=spec.classes,
+        input_size=(spec.height, spec.width),
+        graphs=GRAPHS,
+        canary_logits={dialect: f"canary.{dialect}.npy" for dialect in GRAPHS},
+    )
+    files = {
+        **exported.files,
+        card.canary_images: _npy(canary.images),
+        **{card.canary_logits[d]: _npy(canary.logits[file]) for d, file in GRAPHS.items()},
+        "report.json": msgspec.json.format(msgspec.json.encode(exported.report), indent=1),
+    }
+    return PackagedStudent(bundles.pack(card, files, key), card, exported.report)
+
+
+def _npy(array: NDArray[np.generic]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()

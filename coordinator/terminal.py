@@ -1,0 +1,68 @@
+"""What people see while they wait: rich progress bars on stderr, plain lines where it is no terminal."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True, highlight=False)
+
+
+class TerminalProgress:
+    """A `coordinator.progress.Progress` drawn with rich."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("  {task.description:<14}"),
+            BarColumn(bar_width=32),
+            TextColumn("{task.percentage:>4.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> TerminalProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _t: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def begin(self, stage: str, steps: int) -> None:
+        self.end()
+        if not console.is_terminal:
+            console.print(f"  {stage} …")
+        self._task = self._bars.add_task(stage, total=max(1, steps), loss="")
+
+    def advance(self, loss: float | None = None) -> None:
+        if self._task is not None:
+            self._bars.advance(self._task)
+            if loss is not None:
+                self._bars.update(self._task, loss=f"loss {loss:.3f}")
+
+    def end(self) -> None:
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None
+
+    def say(self, sentence: str) -> None:
+        console.print(f"  {sentence}")

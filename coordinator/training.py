@@ -1,0 +1,352 @@
+"""A training run: warm up, select, aggregate, fine-tune; and the baseline it is judged by.
+
+The order is the method's (Xie et al. 2022): the student is warmed up on the probe set, then for
+some rounds learns from the teachers, selected again every so often as it changes, and at last gets
+a fresh head that is trained on the probe set. The state is on disk after every stage; a run that
+was interrupted goes on from the last finished one and ends with the same weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+
+from coordinator.amalgamation.aggregation import RoundPlan, run_round
+from coordinator.amalgamation.answers import TeacherAnswers, ask
+from coordinator.amalgamation.heads import fit_task_head
+from coordinator.amalgamation.task import AmalgamationTask, Losses
+from coordinator.augmentation import Jitter
+from coordinator.checkpoints import CurvePoint, RoundSelection, Run
+from coordinator.config import Config, ScratchConfig, WarmupConfig
+from coordinator.data import TaskData
+from coordinator.optimisation import (
+    Descent,
+    OneCycle,
+    shuffled_batches,
+    stage_generator,
+    steps_per_epoch,
+)
+from coordinator.progress import Progress, Silent
+from coordinator.selection import Evidence, select
+from coordinator.student import (
+    Student,
+    StudentSpec,
+    accuracy,
+    grad_cam,
+    pooled_features,
+    save_student,
+)
+from coordinator.teachers import Teacher, in_parallel
+from edge_teacher.contract.errors import UsageError
+
+_MEASURE_EVERY_EPOCHS = 5
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What came out of a run.
+
+    student_maps [P, s, s] and teacher_maps {name: [P, S, S]} are of the probe images, the student's
+    as it is at the end; accuracies are fractions of the test set, absent without one; seconds are
+    by stage.
+    """
+
+    student: Student
+    scratch: Student | None
+    selections: tuple[RoundSelection, ...]
+    student_maps: NDArray[np.float32]
+    teacher_maps: Mapping[str, NDArray[np.float32]]
+    curve: tuple[CurvePoint, ...]
+    accuracy: Mapping[str, float]
+    seconds: Mapping[str, float]
+
+
+def train(
+    config: Config,
+    data: TaskData,
+    teachers: Mapping[str, Teacher],
+    folder: Path,
+    progress: Progress | None = None,
+) -> TrainingResult:
+    """Train a student for `data` from `teachers`, keeping state in `folder`.
+
+    Writes `folder`/checkpoint.pt after every stage, and `folder`/student.pt at the end. Raises
+    UsageError without teachers or if `folder` holds another run, CheckFailed for an answer that
+    makes no sense, and whatever a teacher raises.
+    """
+    if not teachers:
+        raise UsageError("There is no teacher to learn from; start at least one device.")
+    progress = progress or Silent()
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    run = Run.open(folder, config, data, list(teachers))
+    spec = StudentSpec.of_images(data.transfer, data.probe.classes, config.student.channels)
+
+    def stage(name: str) -> _Stage:
+        return _Stage(name, config, data, run, progress)
+
+    scratch = _new_student(spec, config.seed)
+    if config.scratch.epochs:
+        _learn_labels(stage("scratch"), "scratch", scratch, config.scratch)
+
+    # The same first weights as the baseline's: what differs in the end is what the teachers gave.
+    student = _new_student(spec, config.seed)
+    _learn_labels(stage("warm-up"), "student", student, config.warmup)
+
+    teacher_maps = _saliency(stage("saliency"), teachers)
+    answers: dict[str, TeacherAnswers] = {}
+    task: AmalgamationTask | None = None
+    for number in range(config.aggregation.rounds):
+        round_stage = stage(f"round {number + 1}")
+        if round_stage.resumed(student=student):
+            continue
+        if number % config.selection.every_rounds == 0:
+            _select(stage("select"), number, student, teacher_maps)
+            task = None
+        if task is None:
+            task = _task(stage("ask"), student, teachers, answers)
+        _aggregate(round_stage, number, task)
+
+    if config.finetune.epochs:
+        finetune = stage("fine-tune")
+        if not finetune.resumed(student=student):
+            if task is None:
+                task = _task(stage("ask"), student, teachers, answers)
+            _fine_tune(finetune, task)
+
+    student.eval()
+    scratch.eval()
+    save_student(student, folder / "student.pt")
+    trained = {"fedsa": student} | ({"scratch": scratch} if config.scratch.epochs else {})
+    if data.test is not None:
+        for name, net in trained.items():
+            run.record.accuracy[name] = accuracy(net, data.test.images, data.test.labels)
+    return TrainingResult(
+        student=student,
+        scratch=trained.get("scratch"),
+        selections=tuple(run.record.selections),
+        student_maps=grad_cam(student, data.probe.images),
+        teacher_maps=teacher_maps,
+        curve=tuple(run.record.curve),
+        accuracy=run.record.accuracy,
+        seconds=run.record.seconds,
+    )
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One stage of the run, and what every stage needs."""
+
+    name: str
+    config: Config
+    data: TaskData
+    run: Run
+    progress: Progress
+
+    def resumed(self, **nets: nn.Module) -> bool:
+        """Whether an earlier run finished this stage; then the nets are as it left them."""
+        if not self.run.has(self.name):
+            return False
+        for key, net in nets.items():
+            net.load_state_dict(self.run.nets[key])
+        return True
+
+    def finish(self, **nets: nn.Module) -> None:
+        self.progress.end()
+        self.run.finish(self.name, {key: net.state_dict() for key, net in nets.items()})
+
+    def generator(self) -> torch.Generator:
+        return stage_generator(self.config.seed, self.name)
+
+    def measure(self, images: int, losses: list[float], student: Student) -> None:
+        """Add a point to the learning curve. The test set is for reports: nothing depends on it."""
+        test = self.data.test
+        reached = accuracy(student, test.images, test.labels) if test else None
+        loss = float(np.mean(losses))
+        self.run.record.curve.append(CurvePoint(self.name, images, loss, reached))
+        losses.clear()
+
+
+def _new_student(spec: StudentSpec, seed: int) -> Student:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        return Student(spec)
+
+
+def _learn_labels(
+    stage: _Stage, key: str, student: Student, recipe: WarmupConfig | ScratchConfig
+) -> None:
+    """Cross-entropy on the probe set, from whatever `student` is."""
+    if stage.resumed(**{key: student}):
+        return
+    config, probe = stage.config, stage.data.probe
+    images, labels = torch.from_numpy(probe.images), torch.from_numpy(probe.labels)
+    generator = stage.generator()
+    epochs = recipe.epochs
+    steps = epochs * steps_per_epoch(len(probe), config.batch)
+    descent = Descent([student], OneCycle(recipe.rate, steps), config.weight_decay)
+    stage.progress.begin(stage.name, steps)
+    losses: list[float] = []
+    student.train()
+    with stage.run.timed(stage.name):
+        for epoch in range(1, epochs + 1):
+            for index in shuffled_batches(len(probe), config.batch, generator):
+                jitter = Jitter.draw(len(index), config.shift, generator)
+                loss = F.cross_entropy(student(jitter.images(images[index])), labels[index])
+                descent.step(loss)
+                losses.append(float(loss.detach()))
+                stage.progress.advance(losses[-1])
+            if epoch % _MEASURE_EVERY_EPOCHS == 0 or epoch == epochs:
+                stage.measure(epoch * len(probe), losses, student)
+    stage.finish(**{key: student})
+
+
+def _saliency(stage: _Stage, teachers: Mapping[str, Teacher]) -> dict[str, NDArray[np.float32]]:
+    """Where every teacher looks on the probe images; asked once, for teachers do not change."""
+    names = sorted(teachers)
+    probe = stage.data.probe.images
+    stage.progress.begin(stage.name, len(teachers))
+    with stage.run.timed(stage.name):
+        answers = in_parallel(
+            [teachers[name] for name in names],
+            lambda teacher: teacher.saliency(probe),
+            stage.progress.advance,
+        )
+    stage.progress.end()
+    return dict(zip(names, answers, strict=True))
+
+
+def _select(
+    stage: _Stage,
+    number: int,
+    student: Student,
+    teacher_maps: Mapping[str, NDArray[np.float32]],
+) -> None:
+    """Select for round `number` by where the student looks now."""
+    config = stage.config
+    with stage.run.timed(stage.name):
+        evidence = Evidence(grad_cam(student, stage.data.probe.images), teacher_maps)
+        rng = np.random.default_rng([config.seed, number])
+        selection = select(config.selection.strategy, evidence, config.selection.k, rng)
+    stage.run.record.selections.append(RoundSelection(number, selection))
+    shares = ", ".join(f"{name} ({weight:.2f})" for name, weight in selection.weights.items())
+    stage.progress.say(f"Selected before round {number + 1}: {shares}")
+
+
+def _task(
+    stage: _Stage,
+    student: Student,
+    teachers: Mapping[str, Teacher],
+    answers: dict[str, TeacherAnswers],
+) -> AmalgamationTask:
+    """The task for the teachers selected last; `answers` keeps what was asked, for later rounds."""
+    config, data = stage.config, stage.data
+    weights = stage.run.record.selections[-1].selection.weights
+    missing = [name for name in weights if name not in answers]
+    stage.progress.begin(stage.name, len(missing))
+    with stage.run.timed(stage.name):
+        found = in_parallel(
+            [teachers[name] for name in missing],
+            lambda teacher: ask(
+                teacher,
+                data.probe.images,
+                data.transfer,
+                flips=config.aggregation.flips,
+                maps=config.aggregation.hint_maps > 0,
+            ),
+            stage.progress.advance,
+        )
+    answers.update(zip(missing, found, strict=True))
+    stage.progress.end()
+    with stage.run.timed("head"):
+        task = AmalgamationTask(
+            student,
+            data,
+            answers,
+            weights,
+            stage.run.nets,
+            config.aggregation,
+            config.head,
+            config.seed,
+        )
+    if task.head is not None:
+        stage.progress.say(
+            f"A linear head on their features is right on {task.head.cv_accuracy:.1%} "
+            "of the probe images, in cross-validation"
+        )
+    return task
+
+
+def _aggregate(stage: _Stage, number: int, task: AmalgamationTask) -> None:
+    config = stage.config
+    steps = config.aggregation.epochs * steps_per_epoch(len(task), config.batch)
+    plan = RoundPlan(
+        number=number,
+        epochs=config.aggregation.epochs,
+        batch=config.batch,
+        shift=config.shift,
+        weight_decay=config.weight_decay,
+        cycle=OneCycle(config.aggregation.rate, steps * config.aggregation.rounds),
+    )
+    copies = len(task.weights) if config.aggregation.form == "fedavg" else 1
+    stage.progress.begin(stage.name, steps * copies)
+    losses: list[float] = []
+
+    def on_step(parts: Losses) -> None:
+        losses.append(parts.total)
+        stage.progress.advance(parts.total)
+
+    with stage.run.timed("aggregate"):
+        run_round(task, plan, stage.generator(), on_step)
+        stage.measure((number + 1) * len(task) * config.aggregation.epochs, losses, task.student)
+    stage.finish(**task.nets())
+
+
+def _fine_tune(stage: _Stage, task: AmalgamationTask) -> None:
+    """A fresh head, then all of the student at a low rate, on the labels of the probe set.
+
+    The head is fitted like a task head, to features that hold still, and so does no harm to them.
+    Every step also keeps up the aggregation's loss on as many transfer images: fifty images of a
+    class would else have the student forget what thousands taught it.
+    """
+    config, probe = stage.config, stage.data.probe
+    student = task.student
+    recipe = config.finetune
+    images, labels = torch.from_numpy(probe.images), torch.from_numpy(probe.labels)
+    generator = stage.generator()
+    steps = recipe.epochs * steps_per_epoch(len(probe), config.batch)
+    stage.progress.begin(stage.name, steps)
+    losses: list[float] = []
+    with stage.run.timed(stage.name):
+        fitted = fit_task_head(
+            pooled_features(student, probe.images),
+            probe.labels,
+            len(probe.classes),
+            pooled_features(student, stage.data.transfer),
+            config.head.folds,
+            config.seed,
+        )
+        fitted.write_to(student.head)
+        student.train()
+        modules = [student, *task.translators(task.weights)]
+        descent = Descent(modules, OneCycle(recipe.rate, steps), config.weight_decay)
+        for epoch in range(1, recipe.epochs + 1):
+            for index in shuffled_batches(len(probe), config.batch, generator):
+                jitter = Jitter.draw(len(index), config.shift, generator)
+                loss = F.cross_entropy(student(jitter.images(images[index])), labels[index])
+                kept = torch.randint(len(task), (config.batch,), generator=generator)
+                jitter = Jitter.draw(len(kept), config.shift, generator)
+                loss = loss + task.loss(student, kept, jitter, task.weights)[0]
+                descent.step(loss)
+                losses.append(float(loss.detach()))
+                stage.progress.advance(losses[-1])
+            if epoch % _MEASURE_EVERY_EPOCHS == 0 or epoch == recipe.epochs:
+                stage.measure(epoch * len(probe), losses, student)
+    stage.finish(**task.nets())

@@ -1,0 +1,53 @@
+"""torch.onnx, quietly: one float image batch in, named outputs out, any batch size, opset 18."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Sequence
+
+import onnx
+import torch
+from torch import nn
+
+from edge_teacher.contract.errors import CheckFailed
+
+OPSET = 18
+
+
+def torch_to_onnx(
+    module: nn.Module, size: tuple[int, int], outputs: Sequence[str], *, channels: int = 3
+) -> onnx.ModelProto:
+    """Export `module` taking float32[N, channels, *size]. Raises CheckFailed with torch's own reason."""
+    example = torch.zeros(2, channels, *size)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["input"],
+                output_names=list(outputs),
+                dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
+                verbose=False,
+            )
+    except Exception as error:
+        # torch.export raises many kinds; all mean that this module cannot be exported as it is.
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise CheckFailed(
+            f"torch cannot export this network to ONNX ({reason[0]}): write its forward without "
+            "Python branches on values and without a fixed batch"
+        ) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    assert program is not None
+    return program.model_proto

@@ -1,0 +1,150 @@
+import copy
+from collections.abc import Mapping
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from coordinator.amalgamation.aggregation import RoundPlan, average, run_round
+from coordinator.amalgamation.answers import ask
+from coordinator.amalgamation.task import AmalgamationTask, Losses, State
+from coordinator.augmentation import Jitter
+from coordinator.config import AggregationConfig, HeadConfig
+from coordinator.data import LabelledImages, TaskData
+from coordinator.optimisation import OneCycle, stage_generator
+from coordinator.student import Student, StudentSpec
+from tests.coordinator.local_teacher import coloured_images, random_teacher
+
+CLASSES = ("a", "b", "c")
+DATA = TaskData(
+    LabelledImages(*coloured_images(12, 3, seed=0), CLASSES), coloured_images(36, 3, seed=1)[0]
+)
+TEACHERS = {"t.1": random_teacher("t.1", 1), "items": random_teacher("items", 2, 20, 3)}
+ANSWERS = {
+    name: ask(teacher, DATA.probe.images, DATA.transfer, flips=True, maps=True)
+    for name, teacher in TEACHERS.items()
+}
+WEIGHTS = {"t.1": 0.75, "items": 0.25}
+
+
+def make_task(
+    weights: Mapping[str, float] = WEIGHTS,
+    saved: Mapping[str, State] | None = None,
+    **changes: object,
+) -> AmalgamationTask:
+    torch.manual_seed(0)
+    student = Student(StudentSpec.of_images(DATA.transfer, CLASSES, 8))
+    config = msgspec.structs.replace(AggregationConfig(hint_maps=1.0), **changes)
+    return AmalgamationTask(
+        student, DATA, ANSWERS, weights, saved or {}, config, HeadConfig(folds=2), seed=0
+    )
+
+
+def loss(task: AmalgamationTask, weights: Mapping[str, float] = WEIGHTS) -> Losses:
+    index = torch.arange(len(task))
+    still = Jitter(torch.zeros(len(task), dtype=torch.bool), torch.zeros(len(task), 2).long())
+    return task.loss(task.student, index, still, weights)[1]
+
+
+def plan(number: int = 0, rounds: int = 8, epochs: int = 2) -> RoundPlan:
+    cycle = OneCycle(0.1, rounds * epochs * 3)
+    return RoundPlan(number, epochs, batch=16, shift=1, weight_decay=1e-4, cycle=cycle)
+
+
+def run(task: AmalgamationTask, number: int = 0) -> list[Losses]:
+    seen: list[Losses] = []
+    run_round(task, plan(number), stage_generator(0, f"round {number}"), seen.append)
+    return seen
+
+
+def test_every_part_can_be_switched_off() -> None:
+    whole = loss(make_task())
+    assert whole.total == pytest.approx(
+        (whole.hint_maps or 0) + (whole.hint_pooled or 0) + (whole.soft_targets or 0), rel=1e-5
+    )
+    for part in ("hint_maps", "hint_pooled", "soft_targets"):
+        others = {p: 0.0 for p in ("hint_maps", "hint_pooled", "soft_targets") if p != part}
+        only = loss(make_task(**others))
+        assert only.total == pytest.approx(getattr(whole, part), rel=1e-5)
+        assert all(getattr(only, p) is None for p in others)
+
+
+def test_teachers_weigh_as_selected() -> None:
+    task = make_task(soft_targets=0.0)
+    alone = {name: loss(task, {name: 1.0}).total for name in WEIGHTS}
+    assert loss(task).total == pytest.approx(
+        sum(w * alone[name] for name, w in WEIGHTS.items()), rel=1e-4
+    )
+
+
+def test_probe_images_keep_their_labels_as_targets() -> None:
+    soft = make_task().soft
+    assert soft is not None
+    assert soft.shape == (48, 3)
+    assert torch.equal(soft[36:].argmax(1), torch.from_numpy(DATA.probe.labels))
+    assert (soft[36:].max(1).values == 1).all()
+    assert soft[:36].sum(1).numpy() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("form", ["joint", "fedavg"])
+def test_rounds_lower_every_part_of_the_loss(form: str) -> None:
+    task = make_task(form=form)
+    before = loss(task)
+    for number in range(4):
+        run(task, number)
+    after = loss(task)
+    for part in ("total", "hint_maps", "hint_pooled", "soft_targets"):
+        assert getattr(after, part) < getattr(before, part), part
+
+
+def test_a_round_repeats_and_its_rate_depends_on_its_place() -> None:
+    first, again, later = make_task(), make_task(), make_task()
+    assert run(first) == run(again)
+    run_round(later, plan(5), stage_generator(0, "round 0"), lambda _: None)
+    states = [t.student.state_dict() for t in (first, again, later)]
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert not torch.equal(states[0]["head.weight"], states[2]["head.weight"])
+
+
+def test_fedavg_is_the_average_of_copies_that_each_heard_one_teacher() -> None:
+    task = make_task(form="fedavg")
+    copies = {}
+    generator = stage_generator(0, "round 0")
+    for name in task.weights:
+        alone = make_task(form="joint")
+        alone.weights = {name: 1.0}
+        run_round(alone, plan(), generator, lambda _: None)
+        copies[name] = alone.student.state_dict()
+    run(task)
+    expected = average(copies, WEIGHTS)
+    found = task.student.state_dict()
+    assert all(torch.allclose(found[k], v, atol=1e-6) for k, v in expected.items())
+
+
+def test_the_average_is_weighted_and_leaves_counters_whole() -> None:
+    a = {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(3)}
+    b = {"w": torch.tensor([5.0, 6.0]), "n": torch.tensor(3)}
+    found = average({"a": a, "b": b}, {"a": 0.75, "b": 0.25})
+    assert found["w"].tolist() == [2.0, 3.0]
+    assert found["n"].dtype == torch.int64
+    assert found["n"] == 3
+
+
+def test_translators_go_on_from_their_saved_state() -> None:
+    task = make_task()
+    run(task)
+    saved = {name: copy.deepcopy(net.state_dict()) for name, net in task.nets().items()}
+    again = make_task({"items": 1.0}, saved=saved)
+    for name, net in again.nets().items():
+        if name != "student":
+            assert all(torch.equal(v, saved[name][k]) for k, v in net.state_dict().items())
+    assert {n for n in again.nets() if n != "student"} == {"pooled items", "maps items"}
+
+
+def test_the_head_uses_all_selected_teachers() -> None:
+    head = make_task().head
+    assert head is not None
+    assert len(head.weight) == 12 + 20
+    assert np.isfinite(head.cv_accuracy)
+    assert make_task(soft_targets=0.0).head is None

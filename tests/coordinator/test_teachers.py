@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from coordinator.teachers import AnswerCache, RemoteTeacher, Teacher, in_parallel
+from edge_teacher.contract.errors import NotFound
+from edge_teacher.contract.limits import Limits
+from tests.coordinator.fleet_of_agents import world
+from tests.edge_teacher.nets import pictures, teacher_answers
+
+IMAGES = pictures(10)
+FEATURES, SALIENCY = teacher_answers(IMAGES)
+
+
+def test_what_it_answers_is_what_the_teacher_computes(tmp_path: Path) -> None:
+    with world(tmp_path, limits=Limits(max_images_per_block=4)) as here:
+        teacher = RemoteTeacher(here.caller, here.add("d1"), AnswerCache(tmp_path / "cache"))
+        assert teacher.name == "d1"
+        for found, expected in (
+            (teacher.saliency(IMAGES), SALIENCY),
+            (teacher.features(IMAGES), FEATURES),
+            (teacher.pooled(IMAGES), FEATURES.mean((2, 3))),
+        ):
+            assert found.dtype == np.float32
+            assert np.allclose(found, expected, atol=1e-3)
+
+
+def test_nothing_is_asked_twice_and_the_answers_do_not_change(tmp_path: Path) -> None:
+    with world(tmp_path, limits=Limits(max_images_per_block=4)) as here:
+        card = here.add("d1")
+        first = RemoteTeacher(here.caller, card, AnswerCache(tmp_path / "cache"))
+        answers = first.saliency(IMAGES)
+        asked = len(here.asked())
+        assert np.array_equal(first.saliency(IMAGES), answers)
+        # A resumed run, another process: the same files.
+        again = RemoteTeacher(here.caller, card, AnswerCache(tmp_path / "cache"))
+        assert np.array_equal(again.saliency(IMAGES), answers)
+        assert len(here.asked()) == asked
+        # Other images among known ones: only those are asked about.
+        more = np.concatenate([IMAGES[:8], pictures(4, seed=5)])
+        assert np.allclose(again.saliency(more), teacher_answers(more)[1], atol=1e-3)
+        assert here.asked()[asked:].count("saliency") == 1
+
+
+class Interrupted(AnswerCache):
+    """Ctrl-C comes right after the first answer was kept."""
+
+    def put(self, key: str, answer: np.ndarray) -> None:
+        super().put(key, answer)
+        raise KeyboardInterrupt
+
+
+def test_what_came_before_an_interruption_is_kept(tmp_path: Path) -> None:
+    with world(tmp_path, limits=Limits(max_images_per_block=4)) as here:
+        card, folder = here.add("d1"), tmp_path / "cache"
+        with pytest.raises(KeyboardInterrupt):
+            RemoteTeacher(here.caller, card, Interrupted(folder)).saliency(IMAGES)
+        assert len(list(folder.glob("*.npy"))) == 1
+        before = here.asked().count("saliency")
+        again = RemoteTeacher(here.caller, card, AnswerCache(folder))
+        assert np.allclose(again.saliency(IMAGES), SALIENCY, atol=1e-3)
+        assert here.asked().count("saliency") == before + 2
+
+
+def test_another_bundle_or_another_question_is_another_answer(tmp_path: Path) -> None:
+    with world(tmp_path) as here:
+        card, cache = here.add("d1"), AnswerCache(tmp_path / "cache")
+        RemoteTeacher(here.caller, card, cache).saliency(IMAGES)
+        asked = here.asked().count("saliency")
+        newer = msgspec.structs.replace(card, bundle="ff" * 32)
+        RemoteTeacher(here.caller, newer, cache).saliency(IMAGES)
+        assert here.asked().count("saliency") == asked + 1
+        teacher = RemoteTeacher(here.caller, card, cache)
+        assert teacher.pooled(IMAGES).shape != teacher.features(IMAGES).shape
+
+
+class TestCache:
+    def test_there_and_not_there(self, tmp_path: Path) -> None:
+        cache = AnswerCache(tmp_path)
+        assert cache.get("a", 2) is None
+        cache.put("a", np.ones((2, 3), np.float16))
+        found = cache.get("a", 2)
+        assert found is not None
+        assert (found.dtype, found.tolist()) == (np.float16, [[1.0] * 3] * 2)
+        assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
+
+    def test_every_truncation_is_dropped_and_asked_again(self, tmp_path: Path) -> None:
+        cache = AnswerCache(tmp_path)
+        cache.put("a", np.ones((2, 3), np.float16))
+        path = tmp_path / "a.npy"
+        whole = path.read_bytes()
+        for end in range(len(whole)):
+            path.write_bytes(whole[:end])
+            assert cache.get("a", 2) is None, end
+            assert not path.exists()
+
+    @pytest.mark.parametrize(
+        "content",
+        [b"garbage" * 20, b"PK\x03\x04" + bytes(100), b"\x80\x04N.", b"\x93NUMPY\x01\x00\xff"],
+    )
+    def test_what_is_no_array_is_dropped(self, tmp_path: Path, content: bytes) -> None:
+        path = tmp_path / "a.npy"
+        path.write_bytes(content)
+        assert AnswerCache(tmp_path).get("a", 3) is None
+        assert not path.exists()
+
+    def test_an_archive_of_arrays_is_no_answer(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.npy"
+        with path.open("wb") as file:
+            np.savez(file, a=np.ones(3))
+        assert AnswerCache(tmp_path).get("a", 3) is None
+
+    def test_a_file_of_another_shape_or_kind_is_asked_for_again(self, tmp_path: Path) -> None:
+        folder = tmp_path / "cache"
+        with world(tmp_path) as here:
+            card, cache = here.add("d1"), AnswerCache(folder)
+            RemoteTeacher(here.caller, card, cache).saliency(IMAGES)
+            (path,) = folder.iterdir()
+            for wrong in (np.zeros((9, 4, 4), np.float16), np.zeros((), np.float16)):
+                np.save(path, wrong)
+                found = RemoteTeacher(here.caller, card, cache).saliency(IMAGES)
+                assert np.allclose(found, SALIENCY, atol=1e-3)
+
+
+class Named:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def saliency(self, images: np.ndarray) -> np.ndarray:
+        return images
+
+    pooled = features = saliency
+
+
+class TestInParallel:
+    teachers: list[Teacher] = [Named(f"t{i}") for i in range(8)]  # noqa: RUF012
+
+    def test_all_at_the_same_time_and_in_order(self) -> None:
+        everyone = threading.Barrier(8, timeout=10)
+
+        def ask(teacher: Teacher) -> str:
+            everyone.wait()
+            return teacher.name
+
+        assert in_parallel(self.teachers, ask) == [f"t{i}" for i in range(8)]
+
+    def test_an_error_is_raised_without_waiting_for_the_others(self) -> None:
+        over = threading.Event()
+
+        def ask(teacher: Teacher) -> str:
+            if teacher.name == "t3":
+                raise NotFound(teacher.name)
+            over.wait(30)
+            return teacher.name
+
+        with pytest.raises(NotFound, match="t3"):
+            in_parallel(self.teachers, ask)
+        assert not over.is_set()
+        over.set()
+
+    def test_progress_is_told_once_per_teacher(self) -> None:
+        told: list[int] = []
+        in_parallel(self.teachers, lambda teacher: teacher.name, lambda: told.append(1))
+        assert len(told) == 8
+
+    def test_nobody(self) -> None:
+        assert in_parallel([], lambda teacher: teacher.name) == []

@@ -1,0 +1,221 @@
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from coordinator.config import Config, load_config
+from coordinator.data import LabelledImages, TaskData
+from coordinator.student import load_student, predict
+from coordinator.training import TrainingResult, train
+from edge_teacher.contract.errors import UsageError
+from tests.coordinator.local_teacher import LocalTeacher, coloured_images, random_teacher
+
+CLASSES = ("a", "b", "c")
+DATA = TaskData(
+    LabelledImages(*coloured_images(24, 3, seed=0), CLASSES),
+    coloured_images(60, 3, seed=1)[0],
+    LabelledImages(*coloured_images(60, 3, seed=2), CLASSES),
+)
+CONFIG = load_config(
+    None,
+    {
+        "threads": "1",
+        "batch": "16",
+        "shift": "1",
+        "student.channels": "8",
+        "selection.k": "2",
+        "selection.every_rounds": "2",
+        "aggregation.rounds": "4",
+        "aggregation.hint_maps": "0.5",
+        "warmup.epochs": "2",
+        "finetune.epochs": "2",
+        "scratch.epochs": "3",
+        "head.folds": "2",
+    },
+    {},
+)
+
+
+def teachers() -> dict[str, LocalTeacher]:
+    return {f"t{i}": random_teacher(f"t{i}", i, 8 + 4 * i, 3 + i) for i in range(3)}
+
+
+class Interrupted(BaseException):
+    """Stands for Ctrl-C at a moment that the test chooses."""
+
+
+class Watch:
+    """Records what it is told; interrupts the run at the `at`-th step of `stage`, if given."""
+
+    def __init__(self, stage: str | None = None, at: int = 1) -> None:
+        self.stage, self.at = stage, at
+        self.stages: list[tuple[str, int]] = []
+        self.steps: list[int] = []
+        self.said: list[str] = []
+
+    def begin(self, stage: str, steps: int) -> None:
+        self.stages.append((stage, steps))
+        self.steps.append(0)
+
+    def advance(self, loss: float | None = None) -> None:
+        self.steps[-1] += 1
+        if self.stages[-1][0] == self.stage and self.steps[-1] == self.at:
+            raise Interrupted
+
+    def end(self) -> None:
+        assert self.steps[-1] == self.stages[-1][1], self.stages[-1]
+
+    def say(self, sentence: str) -> None:
+        self.said.append(sentence)
+
+
+def states(result: TrainingResult) -> dict[str, torch.Tensor]:
+    return dict(result.student.state_dict())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingResult, Watch, Path]:
+    folder, watch = tmp_path_factory.mktemp("run"), Watch()
+    return train(CONFIG, DATA, teachers(), folder, watch), watch, folder
+
+
+def test_the_order_is_the_methods(whole: tuple[TrainingResult, Watch, Path]) -> None:
+    result, watch, _ = whole
+    named = [name for name, _ in watch.stages if name != "ask"]
+    assert named == [
+        *("scratch", "warm-up", "saliency"),
+        *("round 1", "round 2", "round 3", "round 4", "fine-tune"),
+    ]
+    assert [s.round for s in result.selections] == [0, 2]
+    assert len(watch.said) >= 2
+
+
+def test_the_result_has_what_a_report_needs(whole: tuple[TrainingResult, Watch, Path]) -> None:
+    result, _, folder = whole
+    assert set(result.accuracy) == {"scratch", "fedsa"}
+    assert result.accuracy["fedsa"] > 0.5  # of three classes that a tint tells apart
+    assert result.student_maps.shape[0] == 24
+    assert {name: maps.shape[0] for name, maps in result.teacher_maps.items()} == dict.fromkeys(
+        ("t0", "t1", "t2"), 24
+    )
+    for selection in result.selections:
+        assert len(selection.selection.teachers) == 3
+        assert len(selection.selection.weights) == 2
+    stages = {point.stage for point in result.curve}
+    assert {"scratch", "warm-up", "round 1", "round 4", "fine-tune"} <= stages
+    assert all(p.accuracy is not None and np.isfinite(p.loss) for p in result.curve)
+    assert {"scratch", "warm-up", "saliency", "ask", "aggregate", "fine-tune"} <= set(
+        result.seconds
+    )
+    assert not result.student.training
+    stored = load_student(folder / "student.pt")
+    images = DATA.probe.images
+    assert np.array_equal(predict(stored, images), predict(result.student, images))
+
+
+def test_only_the_selected_are_asked_for_features(tmp_path: Path) -> None:
+    fleet = teachers()
+    result = train(CONFIG, DATA, fleet, tmp_path)
+    chosen = {name for s in result.selections for name in s.selection.weights}
+    for name, teacher in fleet.items():
+        assert teacher.asked["saliency"] == 24
+        # Once each: 24 probe and 60 transfer images, and their mirror images.
+        assert teacher.asked["pooled"] == (2 * 84 if name in chosen else 0)
+        assert teacher.asked["features"] == (60 if name in chosen else 0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "at"),
+    [("scratch", 2), ("warm-up", 1), ("round 2", 3), ("round 3", 1), ("fine-tune", 2)],
+)
+def test_an_interrupted_run_ends_as_if_it_had_not_been(
+    whole: tuple[TrainingResult, Watch, Path], tmp_path: Path, stage: str, at: int
+) -> None:
+    with pytest.raises(Interrupted):
+        train(CONFIG, DATA, teachers(), tmp_path, Watch(stage, at))
+    watch = Watch()
+    resumed = train(CONFIG, DATA, teachers(), tmp_path, watch)
+    assert stage in [name for name, _ in watch.stages]
+    assert ("scratch" in [name for name, _ in watch.stages]) == (stage == "scratch")
+    expected = states(whole[0])
+    assert all(torch.equal(expected[k], v) for k, v in states(resumed).items())
+    assert resumed.selections == whole[0].selections
+    assert resumed.curve == whole[0].curve
+    assert resumed.accuracy == whole[0].accuracy
+
+
+def test_a_finished_run_is_only_read(whole: tuple[TrainingResult, Watch, Path]) -> None:
+    result, _, folder = whole
+    watch = Watch()
+    again = train(CONFIG, DATA, teachers(), folder, watch)
+    assert [name for name, _ in watch.stages] == ["saliency"]
+    assert all(torch.equal(states(result)[k], v) for k, v in states(again).items())
+
+
+def test_another_run_in_the_folder_is_not_mixed_in(
+    whole: tuple[TrainingResult, Watch, Path],
+) -> None:
+    _, _, folder = whole
+    changed = msgspec.structs.replace(CONFIG, seed=1)
+    with pytest.raises(UsageError, match=r"another config \(seed = 0 there, seed = 1 here\)"):
+        train(changed, DATA, teachers(), folder)
+    fewer = TaskData(DATA.probe, DATA.transfer[:50], DATA.test)
+    with pytest.raises(UsageError, match="another data"):
+        train(CONFIG, fewer, teachers(), folder)
+    with pytest.raises(UsageError, match="another teachers"):
+        train(CONFIG, DATA, {"t0": teachers()["t0"]}, folder)
+
+
+def test_a_broken_checkpoint_is_said(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
+    with pytest.raises(UsageError, match="is not a checkpoint"):
+        train(CONFIG, DATA, teachers(), tmp_path)
+
+
+def test_the_test_set_decides_nothing(
+    whole: tuple[TrainingResult, Watch, Path], tmp_path: Path
+) -> None:
+    blind = train(CONFIG, TaskData(DATA.probe, DATA.transfer), teachers(), tmp_path)
+    assert blind.accuracy == {}
+    assert all(p.accuracy is None for p in blind.curve)
+    assert all(torch.equal(states(whole[0])[k], v) for k, v in states(blind).items())
+
+
+def test_no_teacher_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no teacher to learn from"):
+        train(CONFIG, DATA, {}, tmp_path)
+
+
+def variant(**overrides: str) -> Config:
+    keys = {key.replace("__", "."): text for key, text in overrides.items()}
+    base = {
+        "threads": "1",
+        "batch": "16",
+        "student.channels": "8",
+        "warmup.epochs": "1",
+        "finetune.epochs": "1",
+        "scratch.epochs": "0",
+        "aggregation.rounds": "1",
+        "selection.k": "2",
+    }
+    return load_config(None, base | keys, {})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        variant(aggregation__form="fedavg"),
+        variant(selection__strategy="sampled"),
+        variant(selection__strategy="random"),
+        variant(selection__strategy="all"),
+        variant(aggregation__soft_targets="0"),
+        variant(aggregation__hint_pooled="0", finetune__epochs="0"),
+    ],
+)
+def test_every_switch_runs(config: Config, tmp_path: Path) -> None:
+    result = train(config, DATA, teachers(), tmp_path)
+    assert result.scratch is None
+    assert set(result.accuracy) == {"fedsa"}
+    assert np.isfinite(predict(result.student, DATA.transfer)).all()

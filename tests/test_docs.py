@@ -1,0 +1,107 @@
+"""Every command in the docs runs, in order, as a reader would run it."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.examples import ROOT
+
+_BLOCK = re.compile(r"^```(sh(?: background)?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(document: Path) -> list[tuple[str, str]]:
+    return [(kind, commands) for kind, commands in _BLOCK.findall(document.read_text())]
+
+
+def test_the_readme_names_only_targets_that_the_makefile_has() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        line.split()[1]
+        for _, commands in blocks(ROOT / "README.md")
+        for line in commands.splitlines()
+        if line.startswith("make ")
+    }
+    assert {"demo", "test"} <= named
+    assert named <= targets
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Shell:
+    """Runs a document's blocks in a folder with the repository's examples."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder = folder
+        self.port = port
+        self.running: list[subprocess.Popen[bytes]] = []
+        (folder / "examples").symlink_to(ROOT / "examples")
+        (folder / ".venv" / "bin").mkdir(parents=True)
+        (folder / ".venv" / "bin" / "activate").touch()
+        binaries = Path(sys.executable).parent
+        self.environment = {
+            **os.environ,
+            "PATH": f"{binaries}:{os.environ['PATH']}:/usr/sbin",
+            "PYTHONPATH": str(ROOT),
+        }
+
+    def run(self, kind: str, commands: str) -> None:
+        script = "set -eu\n" + commands.replace("1883", str(self.port))
+        log = self.folder / f"{len(list(self.folder.glob('*.log')))}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                ["bash", "-c", script if kind == "sh" else script.replace("set -eu\n", "exec ")],
+                cwd=self.folder,
+                env=self.environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
+        if kind == "sh":
+            assert process.wait(timeout=240) == 0, f"{commands}\n{log.read_text()}"
+        else:
+            self.running.append(process)
+            self._settle(process, log)
+
+    def _settle(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        """Until a background command says that it is up."""
+        end = time.monotonic() + 60
+        while not re.search(r"running|serves", log.read_text()):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        for process in reversed(self.running):
+            process.terminate()
+            process.wait(timeout=20)
+
+
+@pytest.fixture
+def shell(tmp_path: Path, free_port: int) -> Iterator[Shell]:
+    shell = Shell(tmp_path, free_port)
+    yield shell
+    shell.close()
+
+
+@pytest.mark.timeout(600)
+def test_the_steps_by_hand(shell: Shell) -> None:
+    for kind, commands in blocks(ROOT / "docs" / "by-hand.md"):
+        shell.run(kind, commands)
+    assert (shell.folder / "runs" / "mine" / "report.html").exists()
+    assert (shell.folder / "again.fedsa").exists()
+    assert all(process.poll() is None for process in shell.running)
