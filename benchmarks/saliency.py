@@ -17,12 +17,13 @@ from collections.abc import Callable
 from statistics import median
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
 from benchmarks.saliency_nets import NETS, SIZE, export_onnx
 from export.graph import InputSpec, build_teacher_graph, prepare
-from export.graph.network import Network, session
+from export.graph.network import Network, prune, session
 from export.graph.saliency import Kind
 
 BATCHES = (1, 32)
@@ -59,7 +60,9 @@ def torch_map(net: nn.Module, images: Tensor, kind: Kind) -> Tensor:
 def _cam(tap: Tensor, gradient: Tensor) -> Tensor:
     if tap.dim() == 3:  # tokens, the class token first
         side = int((tap.shape[1] - 1) ** 0.5)
-        tap, gradient = (t[:, 1:].transpose(1, 2).unflatten(2, (side, side)) for t in (tap, gradient))
+        tap, gradient = (
+            t[:, 1:].transpose(1, 2).unflatten(2, (side, side)) for t in (tap, gradient)
+        )
     return (gradient.mean((2, 3), keepdim=True) * tap).sum(1).relu()
 
 
@@ -86,22 +89,38 @@ def find_tap(network: Network, net: nn.Module, x: Tensor) -> str:
     names = [n for node in network.nodes for n in node.output if n in network.values]
     probe = copy.deepcopy(network.model)
     del probe.graph.output[:]
-    probe.graph.output.extend(type(network.model.graph.output[0])(name=n) for n in names)
-    for name, value in zip(names, session(probe).run(names, {network.input_name: x.numpy()}), strict=True):
+    probe.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names)
+    for name, value in zip(
+        names, session(probe).run(names, {network.input_name: x.numpy()}), strict=True
+    ):
         if value.shape == tuple(kept[0].shape) and np.allclose(value, kept[0].numpy(), atol=1e-3):
             return name
     raise RuntimeError("no tensor of the network is the tap")
 
 
+def forward_only(model: onnx.ModelProto, tap: str) -> onnx.ModelProto:
+    """Images to features and logits: the teacher without its saliency."""
+    teacher = build_teacher_graph(model, SPEC, taps={"last": tap}, publish_logits=True)
+    kept = [info for info in teacher.graph.output if info.name != "saliency"]
+    del teacher.graph.output[:]
+    teacher.graph.output.extend(kept)
+    prune(teacher.graph, [info.name for info in kept])
+    return teacher
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="*", choices=sorted(NETS), default=sorted(NETS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     cells = []
     worst = 0.0
-    print(f"{'net':<14}{'kind':<16}{'batch':>5}{'forward':>10}{'teacher':>10}{'torch':>10}{'vs fwd':>8}{'vs torch':>9}")
+    print(
+        f"{'net':<14}{'kind':<16}{'batch':>5}{'forward':>10}{'teacher':>10}{'torch':>10}{'vs fwd':>8}{'vs torch':>9}"
+    )
     for name in arguments.only:
         torch.manual_seed(0)
         net = NETS[name]().eval()
@@ -110,7 +129,7 @@ def main() -> None:
         images = np.random.default_rng(0).integers(0, 256, (max(BATCHES), *SIZE, 3), dtype=np.uint8)
         pixels = torch.from_numpy(images)
         tap = find_tap(network, net, pixels[:2].permute(0, 3, 1, 2).float() / 255)
-        plain = session(build_teacher_graph(model, SPEC, taps={"last": tap}, kind="none", publish_logits=True))
+        plain = session(forward_only(model, tap))
         double = copy.deepcopy(net).double()
         for kind in KINDS:
             taps = {"last": tap} if kind == "gradcam" else {}
@@ -137,7 +156,9 @@ def main() -> None:
                     "vs_torch": round(took["teacher"] / took["torch"], 3),
                 }
                 cells.append(cell)
-                milliseconds = "".join(f"{1000 * took[k]:>10.2f}" for k in ("forward", "teacher", "torch"))
+                milliseconds = "".join(
+                    f"{1000 * took[k]:>10.2f}" for k in ("forward", "teacher", "torch")
+                )
                 print(
                     f"{name:<14}{kind:<16}{batch:>5}{milliseconds}{cell['vs_forward']:>8}{cell['vs_torch']:>9}",
                     flush=True,

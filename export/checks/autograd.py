@@ -19,6 +19,10 @@ from export.checks import torch_layout as _layout  # noqa: F401  (importing regi
 from export.checks.torch_operators import OPERATORS
 
 
+class UnknownOperator(CheckFailed):
+    """The interpreter has no torch function for an operator of the file."""
+
+
 def evaluate(
     model: onnx.ModelProto,
     feeds: Mapping[str, Tensor],
@@ -29,8 +33,8 @@ def evaluate(
 ) -> dict[str, Tensor]:
     """Run an opset-18 model and return the tensors `names` and `leaves`.
 
-    Gradients flow from the result back to `leaves`: each is cut from what made it. Raises CheckFailed for an
-    operator the interpreter does not know.
+    Gradients flow from the result back to `leaves`: each is cut from what made it. Raises UnknownOperator for
+    an operator the interpreter does not know.
     """
     values: dict[str, Tensor] = {}
     for tensor in model.graph.initializer:
@@ -45,7 +49,7 @@ def evaluate(
         if not missing:
             break
         if node.op_type not in OPERATORS or node.domain not in {"", "ai.onnx"}:
-            raise CheckFailed(
+            raise UnknownOperator(
                 f"the float64 check cannot run operator {node.op_type} at node {node.name!r}"
             )
         inputs: list[Any] = [values[name] if name else None for name in node.input]

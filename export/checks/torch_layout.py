@@ -65,7 +65,8 @@ def _transpose(a: Attributes, x: Inputs) -> Tensor:
 
 @operator("Expand")
 def _expand(a: Attributes, x: Inputs) -> Tensor:
-    return x[0].expand(torch.broadcast_shapes(x[0].shape, tuple(integers(x[1]))))
+    sizes = np.broadcast_shapes(tuple(x[0].shape), tuple(integers(x[1])))
+    return x[0].expand(sizes)
 
 
 @operator("Tile")
@@ -83,8 +84,8 @@ def _split(a: Attributes, x: Inputs) -> tuple[Tensor, ...]:
     axis = a.get("axis", 0)
     sizes = given(x, 1)
     if sizes is None:
-        return x[0].split(ceil(x[0].shape[axis] / a["num_outputs"]), axis)
-    return x[0].split(integers(sizes), axis)
+        return torch.split(x[0], ceil(x[0].shape[axis] / a["num_outputs"]), axis)
+    return torch.split(x[0], integers(sizes), axis)
 
 
 @operator("Slice")

@@ -134,7 +134,7 @@ def _cast_like(a: Attributes, x: Inputs) -> Tensor:
 def _gemm(a: Attributes, x: Inputs) -> Tensor:
     left = x[0].T if a.get("transA") else x[0]
     right = x[1].T if a.get("transB") else x[1]
-    y = a.get("alpha", 1.0) * (left @ right)
+    y: Tensor = a.get("alpha", 1.0) * (left @ right)
     bias = given(x, 2)
     return y + a.get("beta", 1.0) * bias if bias is not None else y
 
@@ -171,10 +171,11 @@ def _conv(a: Attributes, x: Inputs) -> Tensor:
     rank = w.dim() - 2
     begin, end = _pads(a, x[0], w.shape[2:])
     function = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
-    return function(
+    y: Tensor = function(
         _padded(x[0], begin, end), w, given(x, 2), a.get("strides", [1] * rank), 0,
         a.get("dilations", [1] * rank), a.get("group", 1),
     )  # fmt: skip
+    return y
 
 
 @operator("ConvTranspose")
@@ -271,7 +272,8 @@ def _lrn(a: Attributes, x: Inputs) -> Tensor:
     squares = F.pad((x[0] ** 2).movedim(1, -1), ((size - 1) // 2, size // 2))
     total = squares.unfold(-1, size, 1).sum(-1).movedim(-1, 1)
     scale = a.get("bias", 1.0) + a.get("alpha", 1e-4) / size * total
-    return x[0] / scale ** a.get("beta", 0.75)
+    y: Tensor = x[0] / scale ** a.get("beta", 0.75)
+    return y
 
 
 @operator("LpNormalization")
@@ -295,7 +297,8 @@ def _reduce(a: Attributes, x: Tensor, axes: list[int], keep: bool) -> Tensor:
         case "ReduceL1":
             return x.abs().sum(axes, keepdim=keep)
         case "ReduceL2":
-            return torch.linalg.vector_norm(x, 2, axes, keepdim=keep)
+            norm: Tensor = torch.linalg.vector_norm(x, 2, axes, keepdim=keep)
+            return norm
         case "ReduceSumSquare":
             return (x * x).sum(axes, keepdim=keep)
         case "ReduceLogSum":

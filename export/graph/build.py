@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx
 from onnx import TensorProto, helper
@@ -44,10 +44,10 @@ def build_teacher_graph(
     Raises UnsupportedNetwork, and UnsupportedOperator where a derivative is needed through a node without a
     rule.
     """
-    outputs = [] if logits else [info.name for info in model.graph.output]
-    network = prepare(model, spec, keep=[*taps.values(), *([logits] if logits else outputs)])
     needs_logits = kind != "eigencam" or publish_logits
-    scores = (logits or find_logits(network, outputs)) if needs_logits else None
+    network, scores = network_and_logits(
+        model, spec, list(taps.values()), logits, needed=needs_logits
+    )
 
     ops = Ops("saliency")
     tapped = (
@@ -61,6 +61,24 @@ def build_teacher_graph(
     if publish_logits and scores:
         published["logits"] = network.value(scores)
     return _assemble(network, ops, spec, published)
+
+
+def network_and_logits(
+    model: onnx.ModelProto,
+    spec: InputSpec,
+    tensors: Sequence[str],
+    logits: str | None,
+    *,
+    needed: bool = True,
+) -> tuple[Network, str]:
+    """The measured network, pruned to `tensors` and its logits, and the logits' name ("" if not needed)."""
+    if logits:
+        return prepare(model, spec, keep=[*tensors, logits]), logits
+    if not needed:
+        return prepare(model, spec, keep=tensors), ""
+    outputs = [info.name for info in model.graph.output]
+    network = prepare(model, spec, keep=[*tensors, *outputs])
+    return network, find_logits(network, outputs)
 
 
 def _saliency_tensor(taps: Mapping[str, str], saliency_tap: str | None) -> str:
@@ -82,7 +100,7 @@ def _saliency(
     ops: Ops,
     kind: Kind,
     tapped: str,
-    scores: str | None,
+    scores: str,
     target: Target,
     layout: MapLayout | None,
     spec: InputSpec,
@@ -92,8 +110,6 @@ def _saliency(
         layout = layout or infer_layout(x.shape, tapped, spec.size)
     if kind == "eigencam" and layout:
         return eigen_cam(ops, x, layout)
-    if scores is None:
-        raise UnsupportedNetwork(f"kind {kind} explains a class and needs logits")
     if tapped not in network.ancestors([scores]):
         raise UnsupportedNetwork(
             f"the logits {scores!r} are not computed from tap {tapped!r}; tap a tensor before them"

@@ -70,6 +70,39 @@ def _before_softmax(network: Network, name: str) -> str:
     return name
 
 
+class Form(msgspec.Struct, frozen=True):
+    """A target with nothing left open."""
+
+    class_index: int | None
+    reduction: Reduction
+    class_axis: int
+    positions: tuple[int, ...]
+    """The axes that are neither batch nor classes and longer than 1."""
+
+
+def resolve(sizes: tuple[int, ...], target: Target) -> Form:
+    """The target for logits of these sizes (the batch first). Raises UnsupportedNetwork if it does not fit."""
+    long_axes = [axis for axis in range(1, len(sizes)) if sizes[axis] != 1]
+    axis = target.class_axis
+    if axis is None:
+        axis = long_axes[0] if len(long_axes) == 1 else (len(sizes) - 1 if len(sizes) == 3 else 1)
+    axis %= len(sizes)
+    positions = tuple(other for other in long_axes if other != axis)
+    reduction = target.reduction
+    if reduction is None:
+        reduction = "top1" if not positions else ("best_path" if len(sizes) == 3 else "mean")
+    if reduction == "top1" and positions:
+        raise UnsupportedNetwork(
+            f"the logits have sizes {list(sizes[1:])} per image: a dense head needs the "
+            "reduction mean, best_path or max"
+        )
+    if target.class_index is not None and not 0 <= target.class_index < sizes[axis]:
+        raise UnsupportedNetwork(
+            f"class {target.class_index} was asked for, and the logits have classes 0 to {sizes[axis] - 1}"
+        )
+    return Form(target.class_index, reduction, axis, positions)
+
+
 def seed(network: Network, ops: Ops, logits: str, target: Target) -> Value:
     """d(scalar)/d(logits), possibly under-broadcast; the same rank as the logits."""
     value = network.value(logits)
@@ -78,24 +111,9 @@ def seed(network: Network, ops: Ops, logits: str, target: Target) -> Value:
             f"logits {logits!r} have shape {describe(value.shape)}; they must start "
             "with the batch and have classes"
         )
-    long_axes = [axis for axis in range(1, value.rank) if value.shape[axis] != ONE]
-    reduction, axis = target.reduction, target.class_axis
-    if axis is None:
-        axis = long_axes[0] if len(long_axes) == 1 else (value.rank - 1 if value.rank == 3 else 1)
-    axis %= value.rank
-    positions = [other for other in long_axes if other != axis]
-    if reduction is None:
-        reduction = "top1" if not positions else ("best_path" if value.rank == 3 else "mean")
-    if reduction == "top1" and positions:
-        raise UnsupportedNetwork(
-            f"logits {logits!r} have shape {describe(value.shape)}: a dense head needs the reduction "
-            "mean, best_path or max"
-        )
+    form = resolve(tuple(dim.size for dim in value.shape), target)
+    reduction, axis, positions = form.reduction, form.class_axis, form.positions
     classes = value.shape[axis].size
-    if target.class_index is not None and not 0 <= target.class_index < classes:
-        raise UnsupportedNetwork(
-            f"class {target.class_index} was asked for, and logits {logits!r} have classes 0 to {classes - 1}"
-        )
     if reduction == "max":
         return _strongest(ops, value, target.class_index, axis)
     scores = value if reduction == "best_path" else ops.reduce("ReduceMean", value, positions)

@@ -67,7 +67,9 @@ def plane(draw: Draw, low: int = 8, high: int = 12) -> tuple[int, ...]:
     return (CHANNELS, *each(draw, draw(st.integers(1, 2)), low, high))
 
 
-def window(draw: Draw, rank: int, *, dilated: bool = True, within: bool = False) -> dict[str, list[int]]:
+def window(
+    draw: Draw, rank: int, *, dilated: bool = True, within: bool = False
+) -> dict[str, list[int]]:
     """Kernel, strides, dilations and (asymmetric) pads that fit on 8 pixels; pads below the kernel if `within`."""
     kernel = each(draw, rank, 1, 4)
     pads = each(draw, 2 * rank, 0, 2)
@@ -115,10 +117,14 @@ def test_conv_transpose(data: st.DataObject) -> None:
         kernel, strides = attributes["kernel_shape"], attributes["strides"]
         reach = [(k - 1) * d + 1 for k, d in zip(kernel, attributes["dilations"], strict=True)]
         # a map of at least one pixel must remain
-        attributes["pads"] = [min(p, (r - 1) // 2) for p, r in zip(attributes["pads"], reach * 2, strict=True)]
+        attributes["pads"] = [
+            min(p, (r - 1) // 2) for p, r in zip(attributes["pads"], reach * 2, strict=True)
+        ]
         attributes["output_padding"] = [data.draw(st.integers(0, s - 1)) for s in strides]
         group = data.draw(st.sampled_from([1, 2, 4]))
-        form = data.draw(st.sampled_from(["pads", "pads", "SAME_UPPER", "SAME_LOWER", "output_shape"]))
+        form = data.draw(
+            st.sampled_from(["pads", "pads", "SAME_UPPER", "SAME_LOWER", "output_shape"])
+        )
         if form.startswith("SAME") and all(r >= s for r, s in zip(reach, strides, strict=True)):
             del attributes["pads"], attributes["output_padding"]
             attributes["auto_pad"] = form
@@ -159,7 +165,13 @@ def test_average_pool(data: st.DataObject) -> None:
     nodes.judge()
 
 
-TRANSFORMS = ["half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric", "half_pixel_symmetric"]
+TRANSFORMS = [
+    "half_pixel",
+    "pytorch_half_pixel",
+    "align_corners",
+    "asymmetric",
+    "half_pixel_symmetric",
+]
 ROUNDINGS = ["round_prefer_floor", "round_prefer_ceil", "floor", "ceil"]
 
 
@@ -195,7 +207,9 @@ def test_resize(data: st.DataObject) -> None:
         ("AveragePool", {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "count_include_pad": 1}),
     ],
 )
-def test_pooling_under_a_narrow_gradient(op: str, attributes: dict, narrow: tuple[int, ...]) -> None:
+def test_pooling_under_a_narrow_gradient(
+    op: str, attributes: dict, narrow: tuple[int, ...]
+) -> None:
     nodes = Nodes((CHANNELS, 8, 8))
     nodes.add(op, **attributes)
     model = nodes.model()

@@ -39,7 +39,9 @@ def images() -> np.ndarray:
 
 def network_input() -> Tensor:
     x = torch.from_numpy(images()).permute(0, 3, 1, 2).double() / 255
-    return (x - torch.tensor(MEAN).double().view(1, 3, 1, 1)) / torch.tensor(STD).double().view(1, 3, 1, 1)
+    return (x - torch.tensor(MEAN).double().view(1, 3, 1, 1)) / torch.tensor(STD).double().view(
+        1, 3, 1, 1
+    )
 
 
 def scalar(name: str, y: Tensor) -> Tensor:
@@ -58,7 +60,9 @@ def judge(name: str, net: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(input gradient, tap, tap gradient, tap as float32 saw it) by float64 autograd."""
     twin = copy.deepcopy(net).double()
     kept: list[Tensor] = []
-    twin.tap.register_forward_hook(lambda module, args, out: (out.retain_grad(), kept.append(out))[0])
+    twin.tap.register_forward_hook(
+        lambda module, args, out: (out.retain_grad(), kept.append(out))[0]
+    )
     x = network_input().requires_grad_(True)
     scalar(name, twin(x)).backward()
     (tap,) = kept
@@ -115,7 +119,9 @@ def cam(tap: Tensor, gradient: Tensor) -> np.ndarray:
     """Grad-CAM as docs/saliency.md defines it, from maps or tokens with a class token."""
     if tap.dim() == 3:
         side = int((tap.shape[1] - 1) ** 0.5)
-        tap, gradient = (t[:, 1:].transpose(1, 2).unflatten(2, (side, side)) for t in (tap, gradient))
+        tap, gradient = (
+            t[:, 1:].transpose(1, 2).unflatten(2, (side, side)) for t in (tap, gradient)
+        )
     elif tap.shape[1] == tap.shape[2] != tap.shape[3]:
         tap, gradient = tap.permute(0, 3, 1, 2), gradient.permute(0, 3, 1, 2)
     maps = (gradient.mean((2, 3), keepdim=True) * tap).sum(1).relu()
@@ -140,7 +146,9 @@ def test_maps_of_the_teacher_graph(name: str) -> None:
         "gradient_times_input": unit((by_input * x).sum(1).abs()),
     }
     for kind, maps in expected.items():
-        teacher = build_teacher_graph(model, SPEC, taps={"last": tapped}, kind=kind, publish_logits=True)
+        teacher = build_teacher_graph(
+            model, SPEC, taps={"last": tapped}, kind=kind, publish_logits=True
+        )
         onnx.checker.check_model(teacher, full_check=True)
         runner = session(teacher)
         features, saliency, _ = runner.run(None, {"images": images()})

@@ -17,7 +17,9 @@ SIZE = (32, 32)
 CLASSES = 7
 
 
-def conv(i: int, o: int, k: int = 3, s: int = 1, act: nn.Module | None = None, g: int = 1) -> nn.Sequential:
+def conv(
+    i: int, o: int, k: int = 3, s: int = 1, act: nn.Module | None = None, g: int = 1
+) -> nn.Sequential:
     body = [nn.Conv2d(i, o, k, s, k // 2, groups=g, bias=False), nn.BatchNorm2d(o)]
     return nn.Sequential(*body, act if act is not None else nn.ReLU())
 
@@ -35,7 +37,9 @@ class Net(nn.Module):
 
 
 class Residual(nn.Module):
-    def __init__(self, i: int, o: int, s: int = 1, act: Callable[[Tensor], Tensor] = torch.relu) -> None:
+    def __init__(
+        self, i: int, o: int, s: int = 1, act: Callable[[Tensor], Tensor] = torch.relu
+    ) -> None:
         super().__init__()
         self.body = nn.Sequential(conv(i, o, 3, s), conv(o, o, act=nn.Identity()))
         self.skip = nn.Identity() if s == 1 and i == o else conv(i, o, 1, s, nn.Identity())
@@ -48,14 +52,18 @@ class Residual(nn.Module):
 class SqueezeExcite(nn.Module):
     def __init__(self, c: int, gate: nn.Module) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(c, 4, 1), nn.ReLU(), nn.Conv2d(4, c, 1), gate)
+        self.body = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(c, 4, 1), nn.ReLU(), nn.Conv2d(4, c, 1), gate
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.body(x)
 
 
 class Inverted(nn.Module):
-    def __init__(self, i: int, o: int, s: int, act: nn.Module, se: nn.Module | None = None, k: int = 3) -> None:
+    def __init__(
+        self, i: int, o: int, s: int, act: nn.Module, se: nn.Module | None = None, k: int = 3
+    ) -> None:
         super().__init__()
         h = 3 * i
         parts = [conv(i, h, 1, act=act), conv(h, h, k, s, act, h)]
@@ -72,7 +80,11 @@ class Dense(nn.Module):
     def __init__(self, i: int, growth: int, layers: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.BatchNorm2d(i + k * growth), nn.ReLU(), nn.Conv2d(i + k * growth, growth, 3, 1, 1))
+            nn.Sequential(
+                nn.BatchNorm2d(i + k * growth),
+                nn.ReLU(),
+                nn.Conv2d(i + k * growth, growth, 3, 1, 1),
+            )
             for k in range(layers)
         )
 
@@ -101,7 +113,9 @@ class Inception(nn.Module):
         self.a, self.b = conv(i, 4, 1), nn.Sequential(conv(i, 4, 1), conv(4, 6, 5))
         self.c = nn.Sequential(nn.MaxPool2d(3, 1, 1), conv(i, 4, 1))
         self.d = nn.Sequential(nn.AvgPool2d(3, 1, 1), conv(i, 4, 1))
-        self.e = nn.Sequential(nn.Conv2d(i, 4, (1, 7), padding=(0, 3)), nn.Conv2d(4, 4, (7, 1), padding=(3, 0)))
+        self.e = nn.Sequential(
+            nn.Conv2d(i, 4, (1, 7), padding=(0, 3)), nn.Conv2d(4, 4, (7, 1), padding=(3, 0))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.a(x), self.b(x), self.c(x), self.d(x), self.e(x)], 1)
@@ -132,7 +146,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, d = x.shape
-        q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(x)
+            .reshape(n, t, 3, self.heads, d // self.heads)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
         if self.fused:
             y = F.scaled_dot_product_attention(q, k, v)
         else:
@@ -145,7 +164,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
         self.attention = Attention(d, heads, fused)
-        self.mlp = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(approximate=gelu), nn.Linear(2 * d, d))
+        self.mlp = nn.Sequential(
+            nn.Linear(d, 2 * d), nn.GELU(approximate=gelu), nn.Linear(2 * d, d)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -190,9 +211,13 @@ class Swin(nn.Module):
         for i, block in enumerate(self.blocks):
             y = torch.roll(y, (-2 * i, -2 * i), (1, 2))
             n, h, w, d = y.shape
-            windows = y.reshape(n, h // 4, 4, w // 4, 4, d).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, d)
+            windows = (
+                y.reshape(n, h // 4, 4, w // 4, 4, d).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, d)
+            )
             windows = block(windows).reshape(n, h // 4, w // 4, 4, 4, d)
-            y = torch.roll(windows.permute(0, 1, 3, 2, 4, 5).reshape(n, h, w, d), (2 * i, 2 * i), (1, 2))
+            y = torch.roll(
+                windows.permute(0, 1, 3, 2, 4, 5).reshape(n, h, w, d), (2 * i, 2 * i), (1, 2)
+            )
         y = torch.cat([y[:, 0::2, 0::2], y[:, 1::2, 0::2], y[:, 0::2, 1::2], y[:, 1::2, 1::2]], -1)
         y = self.merge(y)
         n, h, w, d = y.shape
@@ -318,6 +343,11 @@ def torchscript(net: nn.Module, opset: int = 17) -> onnx.ModelProto:
 def dynamo(net: nn.Module, opset: int = 18) -> onnx.ModelProto:
     batch = torch.export.Dim("N")
     program = torch.onnx.export(
-        net, (torch.randn(2, 3, *SIZE),), dynamo=True, opset_version=opset, dynamic_shapes=({0: batch},), verbose=False
+        net,
+        (torch.randn(2, 3, *SIZE),),
+        dynamo=True,
+        opset_version=opset,
+        dynamic_shapes=({0: batch},),
+        verbose=False,
     )
     return program.model_proto
