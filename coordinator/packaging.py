@@ -15,7 +15,8 @@ from coordinator.data import LabelledImages
 from coordinator.student import Student
 from edge_teacher import bundle as bundles
 from edge_teacher.bundle import StudentCard
-from export.student import FP32, INT8_CPU, INT8_TENSORRT, StudentInput, export_student
+from export.graph import InputSpec
+from export.student import FP32, INT8_CPU, INT8_TENSORRT, export_student
 from export.student_report import StudentReport
 
 GRAPHS = {"int8_cpu": INT8_CPU, "int8_tensorrt": INT8_TENSORRT, "fp32": FP32}
@@ -45,7 +46,7 @@ def package_student(
     spec = student.spec
     exported = export_student(
         student.network(),
-        StudentInput((spec.height, spec.width), spec.mean, spec.std),
+        InputSpec((spec.height, spec.width), spec.mean, spec.std),
         spec.classes,
         calibration,
         (holdout.images, holdout.labels) if holdout is not None else None,

@@ -32,7 +32,8 @@ from export.checks.student import (
     choose_canary,
 )
 from export.checks.tensorrt import check_tensorrt, installed_tensorrt
-from export.input_graph import IMAGES, StudentInput, take_uint8_images
+from export.graph import InputSpec
+from export.input_graph import IMAGES, take_uint8_images
 from export.quantise import Dialect, quantise
 from export.student_report import FileReport, StudentReport
 from export.torch_to_onnx import torch_to_onnx
@@ -41,7 +42,6 @@ __all__ = [
     "Canary",
     "FileReport",
     "StudentFiles",
-    "StudentInput",
     "StudentReport",
     "export_student",
 ]
@@ -64,7 +64,7 @@ class StudentFiles:
 
 def export_student(
     module: nn.Module,
-    given: StudentInput,
+    given: InputSpec,
     classes: Sequence[str],
     calibration: NDArray[np.uint8],
     holdout: tuple[NDArray[np.uint8], NDArray[np.int64]] | None = None,
@@ -125,7 +125,7 @@ def export_student(
     return StudentFiles(files, report, canary)
 
 
-def _to_onnx(module: nn.Module, given: StudentInput, classes: int) -> onnx.ModelProto:
+def _to_onnx(module: nn.Module, given: InputSpec, classes: int) -> onnx.ModelProto:
     """The bare network: float[N, 3, h, w] -> logits float[N, classes], no trace of its source."""
     for count in (3, 2):
         # Never one: torch.export takes an example of one as proof that the batch always is.

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from edge_teacher.contract.errors import CheckFailed
-from export.input_graph import IMAGES, StudentInput
+from export.graph import InputSpec
+from export.input_graph import IMAGES
 
 Images = NDArray[np.uint8]
 Logits = NDArray[np.float32]
@@ -67,7 +68,7 @@ class Canary:
     tolerance: dict[str, float]
 
 
-def check_parity(module: nn.Module, given: StudentInput, model: bytes) -> float:
+def check_parity(module: nn.Module, given: InputSpec, model: bytes) -> float:
     """How far the FP32 file is from torch in float64, as a fraction of the largest logit.
 
     Asked on random pixels at the network's own size, larger, smaller and oblong, and at several

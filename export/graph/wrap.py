@@ -42,6 +42,10 @@ class InputSpec(msgspec.Struct, frozen=True):
                     f"{name} has {len(numbers)} numbers; a {self.channels} network takes {count}, "
                     "or one for all"
                 )
+        if not np.isfinite([*self.mean, *self.std, self.scale]).all():
+            raise UnsupportedNetwork(
+                f"mean {self.mean}, std {self.std} and scale {self.scale} must be finite numbers"
+            )
         if min(self.size) < 1 or min(np.abs(self.std)) == 0 or self.scale == 0:
             raise UnsupportedNetwork(
                 f"size {self.size} must be positive, and std {self.std} and scale {self.scale} not zero"
