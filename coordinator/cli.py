@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich.console import Console
@@ -23,105 +23,155 @@ from rich.table import Table
 from coordinator.terminal import console as stderr
 from edge_teacher import __version__
 from edge_teacher.contract.errors import FedsaError, UsageError
+from edge_teacher.contract.topics import check_name
+from edge_teacher.keys import key_id, private_key_at, read_public
 from edge_teacher.rpc.address import BrokerAddress, parse_broker
 
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
 INTERRUPTED = 130
-stdout = Console(highlight=False)
+# No markup: names of teachers and pictures come from elsewhere and may look like it.
+stdout = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def parser() -> argparse.ArgumentParser:
     from coordinator.config import config_keys
 
     top = argparse.ArgumentParser(
-        prog="fedsa", description="Private teachers on edge devices teach one student."
+        prog="fedsa",
+        description="Private teachers on edge devices teach one student.",
+        allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"fedsa {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="all of it on this machine, on real photographs")
-    demo.add_argument("--broker", choices=("mosquitto", "iotcore"), help="default: what is there")
-    demo.add_argument("--port", type=int, help="of the broker, on loopback (default: a free one)")
-    demo.add_argument("--examples", type=Path, help="the repository's examples/")
-    demo.set_defaults(run=_demo)
+    def command(
+        name: str,
+        run: Callable[[argparse.Namespace], int],
+        words: str,
+        *,
+        json: bool = True,
+        under: Subparsers = commands,
+    ) -> argparse.ArgumentParser:
+        added = under.add_parser(name, help=words, description=words, allow_abbrev=False)
+        added.set_defaults(run=run)
+        if json:
+            added.add_argument("--json", action="store_true", help="print the result as JSON")
+        return added
 
-    train = commands.add_parser("train", help="train a student from the devices on a broker")
+    demo = command("demo", _demo, "all of it on this machine, on real photographs")
+    demo.add_argument("--broker", choices=("mosquitto", "iotcore"), help="default: what is there")
+    demo.add_argument("--port", type=_port, help="of the broker, on loopback (default: a free one)")
+    demo.add_argument("--examples", type=Path, help="the repository's examples/")
+
+    train = command("train", _train, "train a student from the devices on a broker")
     train.add_argument("--name", help="folder of this run; given again, the run goes on")
     train.add_argument("--task", required=True, help="the student's name on the devices")
-    train.add_argument(
-        "--key", type=Path, required=True, help="signs the student (made if missing)"
-    )
     train.add_argument("--deploy", action="store_true", help="install the student on the teachers")
     train.add_argument("--teachers", type=int, default=1, help="wait for so many (default 1)")
-    train.set_defaults(run=_train)
+    _signing_key(train)
+    _broker_options(train, required=False)
 
-    for command in (demo, train):
-        command.add_argument("--config", type=Path, help="TOML file of settings")
-        command.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
-        command.add_argument("--json", action="store_true", help="print the report as JSON")
-        settings = command.add_argument_group("settings", "over FEDSA_… variables, over --config")
-        for name, description in config_keys().items():
-            settings.add_argument(f"--{name}", metavar="VALUE", help=description)
+    for each in (demo, train):
+        each.add_argument("--config", type=Path, help="TOML file of settings")
+        each.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
+        settings = each.add_argument_group("settings", "over FEDSA_… variables, over --config")
+        for key, description in config_keys().items():
+            if not key.startswith("broker."):
+                settings.add_argument(f"--{key}", metavar="VALUE", help=description)
 
-    config = commands.add_parser("config", help="print every setting with its default, as TOML")
-    config.set_defaults(run=_config)
+    command("config", _config, "print every setting with its default, as TOML", json=False)
 
-    key = commands.add_parser("key", help="make an Ed25519 key pair, or show the one there is")
-    key.add_argument("--out", type=Path, required=True, help="the private key; .pub beside it")
-    key.set_defaults(run=_key)
+    pair = command("key", _key, "make an Ed25519 key pair, or show the one there is", json=False)
+    pair.add_argument("--out", type=Path, required=True, help="the private key; .pub beside it")
 
-    devices = commands.add_parser("devices", help="who is on the broker")
-    _broker_options(devices)
+    devices = command("devices", _devices, "who is on the broker")
     devices.add_argument("--wait", type=float, default=1.0, help="seconds to listen (default 1)")
-    devices.add_argument("--json", action="store_true")
-    devices.set_defaults(run=_devices)
+    _broker_options(devices)
 
     export = commands.add_parser("export", help="networks in, signed bundles out")
     kinds = export.add_subparsers(dest="kind", required=True, metavar="KIND")
-    teacher = kinds.add_parser(
-        "teacher", help="a torch module, by its manifest, to a teacher bundle"
+    teacher = command(
+        "teacher",
+        _export_teacher,
+        "a torch module, by its manifest, to a teacher bundle",
+        under=kinds,
     )
     teacher.add_argument("--manifest", type=Path, required=True)
-    teacher.set_defaults(run=_export_teacher)
-    student = kinds.add_parser("student", help="a trained student to a bundle with INT8 graphs")
+    student = command(
+        "student",
+        _export_student,
+        "a trained student to a bundle with INT8 graphs",
+        under=kinds,
+    )
     student.add_argument("--student", type=Path, required=True, help="student.pt of a run")
     student.add_argument("--task", required=True)
     student.add_argument("--calibration", type=Path, required=True, help="images like the devices'")
     student.add_argument("--holdout", type=Path, help="labelled images to measure the accuracy on")
-    student.add_argument("--student-version", type=int, help="default: the time, yyyymmddhhmmss")
-    student.set_defaults(run=_export_student)
-    for kind in (teacher, student):
-        kind.add_argument("--key", type=Path, required=True, help="signs it (made if missing)")
-        kind.add_argument("--out", type=Path, required=True, help="the bundle to write (.fedsa)")
-        kind.add_argument("--json", action="store_true", help="print the export's report as JSON")
+    student.add_argument(
+        "--largest-drop",
+        type=float,
+        default=0.02,
+        help="of accuracy on the holdout by quantising, as a fraction; more is refused",
+    )
+    student.add_argument(
+        "--student-version", type=_version, help="default: the time, yyyymmddhhmmss"
+    )
+    for each in (teacher, student):
+        _signing_key(each)
+        each.add_argument("--out", type=Path, required=True, help="the bundle to write (.fedsa)")
 
-    deploy = commands.add_parser("deploy", help="install a student bundle on devices")
-    _broker_options(deploy)
+    deploy = command("deploy", _deploy, "install a student bundle on devices")
     deploy.add_argument("--bundle", type=Path, required=True)
     deploy.add_argument(
-        "--key", type=Path, required=True, help="public key the bundle is signed by"
+        "--trusted-key", type=Path, required=True, help="public key the bundle must be signed by"
     )
     deploy.add_argument(
         "--device", action="append", default=[], help="default: all that are online"
     )
-    deploy.add_argument("--json", action="store_true")
-    deploy.set_defaults(run=_deploy)
+    _broker_options(deploy)
 
-    predict = commands.add_parser("predict", help="ask a device's student about pictures")
-    _broker_options(predict)
+    predict = command("predict", _predict, "ask a device's student about pictures")
     predict.add_argument("--device", required=True)
     predict.add_argument("--task", required=True)
-    predict.add_argument("--json", action="store_true")
     predict.add_argument("pictures", type=Path, nargs="+")
-    predict.set_defaults(run=_predict)
+    _broker_options(predict)
     return top
 
 
-def _broker_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--broker", required=True, help="mqtt://HOST:PORT or mqtts://HOST:PORT")
-    command.add_argument("--ca", type=Path, help="certificate authority of the broker (mqtts)")
-    command.add_argument("--certificate", type=Path, help="the coordinator's certificate (mqtts)")
-    command.add_argument("--private-key", type=Path, help="the coordinator's private key (mqtts)")
-    command.add_argument("--as", dest="coordinator", default="coordinator", help="coordinator's id")
+def _signing_key(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--signing-key",
+        type=Path,
+        required=True,
+        help="private key that signs it (made if missing)",
+    )
+
+
+def _broker_options(command: argparse.ArgumentParser, *, required: bool = True) -> None:
+    group = command.add_argument_group("broker")
+    group.add_argument("--broker", required=required, help="mqtt://HOST:PORT or mqtts://HOST:PORT")
+    group.add_argument("--ca", help="certificate authority of the broker (mqtts)")
+    group.add_argument("--certificate", help="the coordinator's certificate (mqtts)")
+    group.add_argument("--private-key", help="the certificate's private key (mqtts)")
+    group.add_argument(
+        "--as", dest="coordinator", help="the coordinator's id (default: coordinator)"
+    )
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 1 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{port} is no port: take 1 to 65535")
+    return port
+
+
+def _version(text: str) -> int:
+    version = int(text)
+    if version < 1:
+        raise argparse.ArgumentTypeError(f"{version} is no version: take 1 or more")
+    return version
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,15 +181,15 @@ def main(arguments: list[str] | None = None) -> int:
         with _terminable():
             return run(options)
     except FedsaError as error:
-        stderr.print(f"fedsa: {error}", markup=False, soft_wrap=True)
+        stderr.print(f"fedsa: {error}", soft_wrap=True)
         return error.exit_code
     except OSError as error:
         # A full disk or a forbidden folder can meet any command.
         place = f" ({error.filename})" if error.filename else ""
-        stderr.print(f"fedsa: {error.strerror or error}{place}", markup=False, soft_wrap=True)
+        stderr.print(f"fedsa: {error.strerror or error}{place}", soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        stderr.print("fedsa: interrupted; everything that was started has been ended", markup=False)
+        stderr.print("fedsa: interrupted; everything that was started has been ended")
         return INTERRUPTED
 
 
@@ -162,14 +212,16 @@ def _terminable() -> Iterator[None]:
 
 def _demo(options: argparse.Namespace) -> int:
     from coordinator.config import load_config
-    from coordinator.demo import EXAMPLES, DemoOptions, demo_data, run_demo
+    from coordinator.demo import EXAMPLES, DemoOptions, run_demo, with_demo_data
 
     examples = options.examples or EXAMPLES
-    settings = {**demo_data(examples), **_settings(options)}
+    config = load_config(options.config, _settings(options))
+    if config.broker.url:
+        stderr.print(f"The demo starts a broker of its own; {config.broker.url} is not used")
     folder = _new_run(options.runs)
     report = run_demo(
         DemoOptions(
-            config=load_config(options.config, settings),
+            config=with_demo_data(config, examples),
             examples=examples,
             folder=folder,
             broker=options.broker,
@@ -183,21 +235,27 @@ def _demo(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from coordinator.config import load_config
     from coordinator.connection import connect
-    from coordinator.data import read_task
+    from coordinator.data import read_configured_task
     from coordinator.pipeline import TaskRun, Timings, run_task
     from coordinator.terminal import TerminalProgress
-    from edge_teacher.keys import private_key_at
 
-    config = load_config(options.config, _settings(options))
-    for section, key in (("broker", "url"), ("data", "probe"), ("data", "transfer")):
-        if not getattr(getattr(config, section), key):
+    check_name(options.task)
+    if options.name in ("latest", "answers"):
+        raise UsageError(f"{options.name!r} has a meaning in {options.runs}: choose another --name")
+    folder = options.runs / check_name(options.name) if options.name else _new_run(options.runs)
+    config = load_config(options.config, {**_settings(options), **_broker_settings(options)})
+    for section, name, flag in (
+        ("broker", "url", "broker"),
+        ("data", "probe", "data.probe"),
+        ("data", "transfer", "data.transfer"),
+    ):
+        if not getattr(getattr(config, section), name):
             raise UsageError(
-                f"{section}.{key} is not set: name it with --{section}.{key}, or in the file "
-                "given with --config"
+                f"{section}.{name} is not set: name it with --{flag}, or in the file given with --config"
             )
-    test = Path(config.data.test) if config.data.test else None
-    task = read_task(Path(config.data.probe), Path(config.data.transfer), test)
     timings = Timings()
+    with timings.of("data"):
+        task = read_configured_task(config.data)
     broker = config.broker
     address = parse_broker(
         broker.url,
@@ -205,27 +263,24 @@ def _train(options: argparse.Namespace) -> int:
         certificate=_path(broker.certificate),
         key=_path(broker.key),
     )
+    key = private_key_at(options.signing_key)
     with connect(address, name=broker.name) as connection:
-        devices = connection.fleet.wait(max(1, options.teachers), timeout_s=10)
-        folder = options.runs / options.name if options.name else _new_run(options.runs)
+        devices = connection.fleet.wait(max(1, options.teachers))
         folder.mkdir(parents=True, exist_ok=True)
+        stderr.print(f"{len(devices)} teachers: {', '.join(d.name for d in devices)}")
+        stderr.print(f"This run is in {folder}; with --name {folder.name} it can be gone on with")
+        run = TaskRun(
+            command="fedsa train",
+            task=options.task,
+            config=config,
+            data=task,
+            folder=folder,
+            cache=options.runs / "answers",
+            key=key,
+            deploy=options.deploy,
+        )
         with TerminalProgress() as progress:
-            report = run_task(
-                TaskRun(
-                    command="fedsa train",
-                    task=options.task,
-                    config=config,
-                    data=task,
-                    folder=folder,
-                    cache=options.runs / "answers",
-                    key=private_key_at(options.key),
-                    deploy=options.deploy,
-                ),
-                connection,
-                devices,
-                progress,
-                timings,
-            )
+            report = run_task(run, connection, devices, progress, timings)
     _finish(report, folder, options)
     return 0
 
@@ -238,7 +293,7 @@ def _config(_options: argparse.Namespace) -> int:
 
 
 def _key(options: argparse.Namespace) -> int:
-    from edge_teacher.keys import key_id, private_key_at
+    from edge_teacher.keys import private_key_at
 
     key = private_key_at(options.out)
     stdout.print(
@@ -250,7 +305,7 @@ def _key(options: argparse.Namespace) -> int:
 def _devices(options: argparse.Namespace) -> int:
     from coordinator.connection import connect
 
-    with connect(_address(options), name=f"{options.coordinator}-devices") as connection:
+    with connect(_address(options), name=_coordinator(options)) as connection:
         time.sleep(max(0.0, options.wait))
         found = connection.fleet.devices(online_only=False)
     if options.json:
@@ -274,10 +329,9 @@ def _devices(options: argparse.Namespace) -> int:
 
 
 def _export_teacher(options: argparse.Namespace) -> int:
-    from edge_teacher.keys import private_key_at
     from export.teacher import export_teacher
 
-    bundle = export_teacher(options.manifest, options.out, private_key_at(options.key))
+    bundle = export_teacher(options.manifest, options.out, private_key_at(options.signing_key))
     report = msgspec.json.decode(bundle.file("report.json"))
     if options.json:
         _print_json({"bundle": str(options.out), "sha256": bundle.digest, "report": report})
@@ -293,9 +347,7 @@ def _export_student(options: argparse.Namespace) -> int:
     from coordinator.data import read_labelled, read_unlabelled
     from coordinator.packaging import next_version, package_student
     from coordinator.student import load_student
-    from edge_teacher.contract.topics import check_name
     from edge_teacher.files import write_atomically
-    from edge_teacher.keys import private_key_at
 
     packaged = package_student(
         load_student(options.student),
@@ -303,7 +355,8 @@ def _export_student(options: argparse.Namespace) -> int:
         options.student_version or next_version(),
         read_unlabelled(options.calibration),
         read_labelled(options.holdout) if options.holdout else None,
-        private_key_at(options.key),
+        private_key_at(options.signing_key),
+        largest_drop=options.largest_drop,
     )
     write_atomically(options.out, packaged.bundle)
     if options.json:
@@ -322,19 +375,14 @@ def _deploy(options: argparse.Namespace) -> int:
     from coordinator.rollout import roll_out
     from edge_teacher import bundle as bundles
     from edge_teacher.bundle import StudentCard
-    from edge_teacher.keys import read_public
 
-    bundle = bundles.read(options.bundle, [read_public(options.key)])
+    bundle = bundles.read(options.bundle, [read_public(options.trusted_key)])
     if not isinstance(bundle.card, StudentCard):
         raise UsageError(f"{options.bundle} holds a teacher; only students are deployed")
-    with connect(_address(options), name=options.coordinator) as connection:
-        online = {d.name for d in connection.fleet.wait(max(1, len(options.device)), timeout_s=10)}
-        absent = sorted(set(options.device) - online)
-        if absent:
-            raise UsageError(
-                f"not online: {', '.join(absent)}; online: {', '.join(sorted(online))}"
-            )
-        wanted = options.device or sorted(online)
+    with connect(_address(options), name=_coordinator(options)) as connection:
+        named = list(dict.fromkeys(options.device))
+        wanted = named or [d.name for d in connection.fleet.wait()]
+        connection.fleet.wait(names=wanted)
         done = roll_out(connection.caller, wanted, bundle.card, options.bundle.read_bytes())
     if options.json:
         _print_json({device: _plain(status) for device, status in done.items()})
@@ -360,13 +408,12 @@ def _predict(options: argparse.Namespace) -> int:
     from coordinator.rollout import predict
 
     pictures = [read_picture(path) for path in options.pictures]
-    with connect(_address(options), name=options.coordinator) as connection:
-        found = {d.name: d.card for d in connection.fleet.wait(1, timeout_s=10)}
-        if options.device not in found:
-            raise UsageError(f"{options.device} is not online; online: {', '.join(sorted(found))}")
+    with connect(_address(options), name=_coordinator(options)) as connection:
+        there = connection.fleet.wait(names=[options.device])
+        card = next(d.card for d in there if d.name == options.device)
         rows = []
         for path, picture in zip(options.pictures, pictures, strict=True):
-            answer = predict(connection.caller, found[options.device], options.task, picture[None])
+            answer = predict(connection.caller, card, options.task, picture[None])
             odds = np.exp(answer.logits[0] - answer.logits[0].max())
             best = int(odds.argmax())
             rows.append(
@@ -392,11 +439,30 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _address(options: argparse.Namespace) -> BrokerAddress:
     return parse_broker(
-        options.broker, ca=options.ca, certificate=options.certificate, key=options.private_key
+        options.broker,
+        ca=_path(options.ca),
+        certificate=_path(options.certificate),
+        key=_path(options.private_key),
     )
 
 
-def _path(text: str) -> Path | None:
+def _coordinator(options: argparse.Namespace) -> str:
+    return options.coordinator or "coordinator"
+
+
+def _broker_settings(options: argparse.Namespace) -> Mapping[str, str]:
+    """The broker's flags as the settings they go over."""
+    given = {
+        "broker.url": options.broker,
+        "broker.ca": options.ca,
+        "broker.certificate": options.certificate,
+        "broker.key": options.private_key,
+        "broker.name": options.coordinator,
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _path(text: str | None) -> Path | None:
     return Path(text) if text else None
 
 
@@ -404,7 +470,7 @@ def _settings(options: argparse.Namespace) -> Mapping[str, str]:
     """The configuration keys given as flags."""
     from coordinator.config import config_keys
 
-    given = {key: getattr(options, key) for key in config_keys()}
+    given = {key: getattr(options, key, None) for key in config_keys()}
     return {key: value for key, value in given.items() if value is not None}
 
 
@@ -421,7 +487,7 @@ def _finish(report: Any, folder: Path, options: argparse.Namespace) -> None:
     """Point runs/latest to a run that has a report, and show what came out."""
     link = options.runs / ".latest"
     link.unlink(missing_ok=True)
-    link.symlink_to(folder.resolve(), target_is_directory=True)
+    link.symlink_to(folder.relative_to(options.runs), target_is_directory=True)
     link.replace(options.runs / "latest")
     if options.json:
         _print_json(_plain(report))
@@ -440,7 +506,7 @@ def _finish(report: Any, folder: Path, options: argparse.Namespace) -> None:
     stdout.print(table)
     chosen = [f"{t.id} ({t.weight:.2f})" for t in report.teachers if t.selected]
     stdout.print(f"Selected of {len(report.teachers)} teachers: {', '.join(chosen)}")
-    stdout.print(f"{sum(report.seconds.values()):.0f} s; report: {folder / 'report.html'}")
+    stdout.print(f"{report.seconds['total']:.0f} s; report: {folder / 'report.html'}")
 
 
 def _percent(fraction: float | None) -> str:

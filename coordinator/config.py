@@ -51,6 +51,11 @@ class StudentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Meta(ge=8, le=256, description="of the first stage; the others have 2 and 6 times as many"),
     ] = 24
 
+    largest_drop: Annotated[
+        float,
+        Meta(ge=0, le=1, description="of accuracy by quantising, as a fraction; more is refused"),
+    ] = 0.02
+
 
 class WarmupConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The student learns from the probe set alone, so that it looks somewhere at all."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from coordinator.fleet import Fleet
@@ -31,10 +32,12 @@ def connect(
     address: BrokerAddress, *, name: str = DEFAULT_NAME, broker: str = ""
 ) -> Iterator[Connection]:
     """Raises Unreachable if the broker does not answer."""
-    transport = PahoTransport(address, check_name(name))
-    caller = Caller(transport, name)
-    try:
+    check_name(name)
+    # A certificate's CN is the client id; without one, two commands may run under one name.
+    client_id = name if address.certificate else f"{name}-{secrets.token_hex(4)}"
+    with ExitStack() as stack:
+        transport = PahoTransport(address, client_id)
+        stack.callback(transport.close)
+        caller = Caller(transport, name)
+        stack.callback(caller.close)
         yield Connection(address, broker or str(address), caller, Fleet(transport, caller))
-    finally:
-        caller.close()
-        transport.close()

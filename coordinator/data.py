@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from coordinator.config import DataConfig
 from edge_teacher.contract.errors import UsageError
 
 Images = NDArray[np.uint8]
@@ -76,6 +77,12 @@ def read_task(probe: Path, transfer: Path, test: Path | None = None) -> TaskData
             f"{', '.join(map(repr, odd[:5]))} in only one of them; give both the same ones."
         )
     return TaskData(probe_set, transfer_images, test_set)
+
+
+def read_configured_task(config: DataConfig) -> TaskData:
+    """`read_task` of the paths in a configuration, an empty one being no test set."""
+    test = Path(config.test) if config.test else None
+    return read_task(Path(config.probe), Path(config.transfer), test)
 
 
 def read_labelled(path: Path) -> LabelledImages:

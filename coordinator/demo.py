@@ -5,21 +5,21 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from coordinator import processes
 from coordinator.broker import Kind, available, local_broker
 from coordinator.config import Config
 from coordinator.connection import Connection, connect
-from coordinator.data import read_task
+from coordinator.data import read_configured_task
 from coordinator.fleet import Device
 from coordinator.pipeline import TaskRun, Timings, run_task
 from coordinator.report import Report
 from coordinator.terminal import TerminalProgress, console
-from edge_teacher.contract.errors import CheckFailed, UsageError
+from edge_teacher.contract.errors import CheckFailed, Unreachable, UsageError
 from edge_teacher.keys import private_key_at
 from edge_teacher.rpc.address import BrokerAddress
 
@@ -38,14 +38,18 @@ class DemoOptions:
     port: int | None = None
 
 
-def demo_data(examples: Path) -> dict[str, str]:
-    """Where the demo's task lies, as configuration keys."""
+def with_demo_data(config: Config, examples: Path) -> Config:
+    """The demo's task wherever the settings name no data of their own."""
     archive = examples / "data" / "cifar10-mini.tar.xz"
-    return {
-        "data.probe": f"{archive}/probe",
-        "data.transfer": f"{archive}/transfer",
-        "data.test": f"{archive}/test",
-    }
+    given = config.data
+    data = msgspec.structs.replace(
+        given,
+        probe=given.probe or f"{archive}/probe",
+        transfer=given.transfer or f"{archive}/transfer",
+        # A test set belongs to its probe set.
+        test=given.test or ("" if given.probe else f"{archive}/test"),
+    )
+    return msgspec.structs.replace(config, data=data)
 
 
 def run_demo(options: DemoOptions) -> Report:
@@ -56,87 +60,91 @@ def run_demo(options: DemoOptions) -> Report:
             f"there are no teacher bundles in {options.examples / 'teachers'}: run this from a clone "
             "of the repository, or name its examples with --examples"
         )
-    data = options.config.data
     timings = Timings()
     folder = options.folder
     with timings.of("data"):
-        task = read_task(Path(data.probe), Path(data.transfer), Path(data.test))
+        task = read_configured_task(options.config.data)
     folder.mkdir(parents=True)
     key = private_key_at(folder / "coordinator.key")
     kind = options.broker or available()
     if options.broker is None and kind == "iotcore":
         console.print("mosquitto is not on PATH: taking the broker embedded in iotcore instead")
-    with local_broker(folder / "broker", kind=kind, port=options.port) as broker:
+    with (
+        local_broker(folder / "broker", kind=kind, port=options.port) as broker,
+        Agents(bundles, options.examples / "teachers", broker.address, folder) as agents,
+        connect(broker.address, broker=broker.name) as connection,
+        TerminalProgress() as progress,
+    ):
         console.print(f"Broker: {broker.name} at {broker.address}")
-        with timings.of("start agents"), console.status("starting the agents"):
-            agents = Agents(bundles, options.examples / "teachers", broker.address, folder)
-        with agents.running(), connect(broker.address, broker=broker.name) as connection:
-            with timings.of("start agents"):
-                devices = agents.wait(connection)
-            console.print(f"{len(devices)} teachers answer: {', '.join(d.name for d in devices)}")
-            with TerminalProgress() as progress:
-                return run_task(
-                    TaskRun(
-                        command="fedsa demo",
-                        task=TASK,
-                        config=options.config,
-                        data=task,
-                        folder=folder,
-                        cache=folder / "answers",
-                        key=key,
-                        deploy=True,
-                    ),
-                    connection,
-                    devices,
-                    progress,
-                    timings,
-                )
+        with timings.of("start agents"):
+            devices = agents.wait(connection)
+        console.print(f"{len(devices)} teachers answer: {', '.join(d.name for d in devices)}")
+        run = TaskRun(
+            command="fedsa demo",
+            task=TASK,
+            config=options.config,
+            data=task,
+            folder=folder,
+            cache=folder / "answers",
+            key=key,
+            deploy=True,
+        )
+        return run_task(run, connection, devices, progress, timings)
 
 
 class Agents:
-    """One `edge-teacher run` process per bundle, each with a state folder and a log of its own."""
+    """One `edge-teacher run` process per bundle, while this is entered."""
 
     def __init__(
         self, bundles: list[Path], teachers: Path, broker: BrokerAddress, folder: Path
     ) -> None:
         """`teachers` has the owner's public key beside the bundles; `folder` the coordinator's."""
-        self._logs: dict[str, Path] = {}
+        self._bundles = {b.stem.replace("teacher", "device"): b for b in bundles}
+        self._teachers = teachers
+        self._broker = broker
+        self._folder = folder
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        for bundle in bundles:
-            device = bundle.stem.replace("teacher", "device")
-            state = folder / "devices" / device
-            state.mkdir(parents=True)
-            self._logs[device] = state / "agent.log"
-            command = [
-                *(sys.executable, "-m", "edge_teacher", "run"),
-                *("--device", device, "--broker", str(broker), "--bundle", str(bundle)),
-                *("--owner-key", str(teachers / "owner.pub"), "--state", str(state)),
-                *("--coordinator-key", str(folder / "coordinator.pub"), "--threads", "1"),
-            ]
-            one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-            self._processes[device] = processes.start(
-                command, self._logs[device], environment=one_thread
-            )
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Ends them all afterwards, whatever happened."""
+    def __enter__(self) -> Agents:
         try:
-            yield
-        finally:
-            processes.stop(list(self._processes.values()))
+            for device, bundle in self._bundles.items():
+                self._processes[device] = self._start(device, bundle)
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stop()
 
     def wait(self, connection: Connection) -> list[Device]:
         """Until every agent has announced itself. Raises CheckFailed as soon as one has died."""
         end = time.monotonic() + START_S
         while True:
-            online = connection.fleet.devices()
-            if len(online) == len(self._processes):
-                return online
-            for device, process in self._processes.items():
-                if process.poll() is not None:
-                    words = processes.last_words(self._logs[device], lines=1)
-                    raise CheckFailed(f"the agent of {device} ended at once: {words}")
-            if time.monotonic() > end:
-                return connection.fleet.wait(len(self._processes), 0)
-            connection.fleet.wait_for_change(0.5)
+            try:
+                return connection.fleet.wait(names=list(self._processes), timeout_s=1)
+            except Unreachable:
+                for device, process in self._processes.items():
+                    if process.poll() is not None:
+                        words = processes.last_words(self._log(device), lines=1)
+                        raise CheckFailed(f"the agent of {device} ended at once: {words}") from None
+                if time.monotonic() > end:
+                    raise
+
+    def _start(self, device: str, bundle: Path) -> subprocess.Popen[bytes]:
+        state = self._log(device).parent
+        state.mkdir(parents=True)
+        command = [
+            *(sys.executable, "-m", "edge_teacher", "run"),
+            *("--device", device, "--broker", str(self._broker), "--bundle", str(bundle)),
+            *("--owner-key", str(self._teachers / "owner.pub"), "--state", str(state)),
+            *("--coordinator-key", str(self._folder / "coordinator.pub"), "--threads", "1"),
+        ]
+        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        return processes.start(command, self._log(device), environment=one_thread)
+
+    def _log(self, device: str) -> Path:
+        return self._folder / "devices" / device / "agent.log"
+
+    def _stop(self) -> None:
+        processes.stop(list(self._processes.values()))

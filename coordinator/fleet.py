@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -33,6 +34,7 @@ class Fleet:
         self._states: dict[str, State] = {}
         self._cards: dict[str, Card] = {}
         self._changed = threading.Condition()
+        self._changed_at = time.monotonic()
         # Cards first: a birth then always finds its card.
         transport.subscribe(topics.everyone("card"), self._on_card)
         transport.subscribe(topics.everyone("state"), self._on_state)
@@ -44,27 +46,42 @@ class Fleet:
             found = [Device(name, self._states[name], self._cards[name]) for name in known]
         return [d for d in found if d.state.online or not online_only]
 
-    def wait_for_change(self, timeout_s: float) -> None:
-        """Until any device says anything new, or the time is over."""
-        with self._changed:
-            self._changed.wait(timeout_s)
+    def wait(
+        self,
+        at_least: int = 1,
+        *,
+        names: Sequence[str] = (),
+        timeout_s: float = 10,
+        quiet_s: float = 0.5,
+    ) -> list[Device]:
+        """Until the named devices are online, or at least so many and nobody else has come for `quiet_s`.
 
-    def wait(self, at_least: int, timeout_s: float) -> list[Device]:
-        """Until so many devices are online. Raises Unreachable if they are not in time."""
+        Retained births arrive one by one: who takes the first has a random part of the fleet. Raises
+        Unreachable, naming who is there and who is not, when the time is over.
+        """
         end = time.monotonic() + timeout_s
         with self._changed:
-            while len(self.devices()) < at_least:
-                left = end - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
+            while True:
+                found = self.devices()
+                missing = sorted(set(names) - {d.name for d in found})
+                now = time.monotonic()
+                quiet = self._changed_at + quiet_s
+                enough = len(found) >= at_least and not missing
+                if (enough and (names or now >= quiet)) or now >= end:
                     break
-        found = self.devices()
-        if len(found) < at_least:
-            names = ", ".join(d.name for d in found) or "none"
-            raise Unreachable(
-                f"{len(found)} of {at_least} teachers announced themselves within {timeout_s:g} s "
-                f"({names}); are the agents running, and on this broker?"
-            )
-        return found
+                self._changed.wait(min(end, quiet if enough else end) - now)
+        if enough:
+            return found
+        online = ", ".join(d.name for d in found) or "none"
+        wanted = (
+            f"{', '.join(missing)} did not announce themselves"
+            if missing
+            else (f"{len(found)} of {at_least} teachers announced themselves")
+        )
+        raise Unreachable(
+            f"{wanted} within {timeout_s:g} s (online: {online}); are the agents running, and on "
+            "this broker?"
+        )
 
     def _on_card(self, message: Message) -> None:
         self._note(message, Card, self._cards)
@@ -73,12 +90,14 @@ class Fleet:
         topic = topics.parse(message.topic)
         before = self._states.get(topic.owner) if topic else None
         state = self._note(message, State, self._states)
-        if topic is None or before is None or not before.online:
+        if topic is None:
             return
         if state is None or not state.online:
             self._caller.device_gone(topic.owner, "went offline")
-        elif state.session != before.session:
+            return
+        if before is not None and before.online and state.session != before.session:
             self._caller.device_gone(topic.owner, "restarted")
+        self._caller.device_back(topic.owner)
 
     def _note(self, message: Message, kind: type[Kind], into: dict[str, Kind]) -> Kind | None:
         topic = topics.parse(message.topic)
@@ -98,5 +117,6 @@ class Fleet:
                 into.pop(topic.owner, None)
             else:
                 into[topic.owner] = found
+            self._changed_at = time.monotonic()
             self._changed.notify_all()
         return found

@@ -41,8 +41,14 @@ def package_student(
     calibration: NDArray[np.uint8],
     holdout: LabelledImages | None,
     key: Ed25519PrivateKey,
+    *,
+    largest_drop: float,
 ) -> PackagedStudent:
-    """Quantise, check and sign. Raises CheckFailed if the files do not answer as the student does."""
+    """Quantise, check and sign.
+
+    Raises CheckFailed if the files do not answer as the student does, or if an INT8 file loses more
+    than `largest_drop` of its accuracy on `holdout`; without one that cannot be known.
+    """
     spec = student.spec
     exported = export_student(
         student.network(),
@@ -50,6 +56,7 @@ def package_student(
         spec.classes,
         calibration,
         (holdout.images, holdout.labels) if holdout is not None else None,
+        largest_drop=largest_drop if holdout is not None else None,
     )
     canary = exported.canary
     card = StudentCard(

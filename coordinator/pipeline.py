@@ -6,7 +6,6 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,12 +14,14 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
 
 from coordinator.config import Config
 from coordinator.connection import Connection
 from coordinator.data import LabelledImages, TaskData
 from coordinator.fleet import Device
 from coordinator.packaging import PackagedStudent, next_version, package_student
+from coordinator.parallel import in_parallel
 from coordinator.progress import Progress
 from coordinator.report import (
     Accuracy,
@@ -41,6 +42,7 @@ from edge_teacher.contract.errors import CheckFailed
 from edge_teacher.files import write_atomically
 
 PICTURES = 10
+CALIBRATION_IMAGES = 512
 _SOFTWARE = ("torch", "onnx", "onnxruntime", "paho-mqtt", "numpy")
 
 
@@ -89,6 +91,7 @@ def run_task(
     Raises what any of the stages raises; what was finished before stays in `run.folder` and is not
     done again by the next run there.
     """
+    began = time.monotonic()
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     cache = AnswerCache(run.cache)
     teachers = {d.name: RemoteTeacher(connection.caller, d.card, cache) for d in devices}
@@ -101,48 +104,69 @@ def run_task(
             result.student,
             run.task,
             next_version(),
-            run.data.transfer[:: max(1, len(run.data.transfer) // 512)],
+            some(run.data.transfer, CALIBRATION_IMAGES),
             run.data.test,
             run.key,
+            largest_drop=run.config.student.largest_drop,
         )
         write_atomically(run.folder / "student.fedsa", packaged.bundle)
     progress.end()
-    deployed = None
-    if run.deploy:
-        deployed = _deploy(run, connection, devices, packaged, progress, timings)
-    report = Report(
-        command=run.command,
-        started=started,
-        seed=run.config.seed,
-        broker=connection.broker,
-        task=Task(
-            name=run.task,
-            classes=run.data.probe.classes,
-            probe=len(run.data.probe),
-            transfer=len(run.data.transfer),
-            test=None if run.data.test is None else len(run.data.test),
-        ),
-        strategy=result.selections[-1].selection.strategy,
-        teachers=_teachers(result.selections[-1].selection, devices),
-        rounds=tuple(
-            Round(number=s.round + 1, weights=s.selection.weights) for s in result.selections
-        ),
-        accuracy=_accuracy(result, packaged, deployed),
-        curves=_curves(result),
-        student=packaged.report,
-        bytes_on_wire={
-            device: {m: Traffic(sent=b.sent, received=b.received) for m, b in methods.items()}
-            for device, methods in sorted(connection.caller.wire.items())
-        },
-        seconds=timings.seconds,
-        config=msgspec.to_builtins(run.config),
-        software={
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _SOFTWARE},
-        },
+
+    before = sum(timings.seconds.get(stage, 0) for stage in ("data", "start agents"))
+
+    def report(deployed: dict[str, float] | None) -> Report:
+        total = before + time.monotonic() - began
+        found = Report(
+            command=run.command,
+            started=started,
+            seed=run.config.seed,
+            broker=connection.broker,
+            task=_task(run),
+            strategy=result.selections[-1].selection.strategy,
+            teachers=_teachers(result.selections[-1].selection, devices),
+            rounds=tuple(
+                Round(number=s.round + 1, weights=s.selection.weights) for s in result.selections
+            ),
+            accuracy=_accuracy(result, packaged, deployed),
+            curves=_curves(result),
+            student=packaged.report,
+            bytes_on_wire={
+                device: {m: Traffic(sent=b.sent, received=b.received) for m, b in methods.items()}
+                for device, methods in sorted(connection.caller.wire.items())
+            },
+            seconds={**timings.seconds, "total": round(total, 2)},
+            config=msgspec.to_builtins(run.config),
+            software={
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in _SOFTWARE},
+            },
+        )
+        write_report(found, _pictures(run.data.probe, result), run.folder)
+        return found
+
+    # What was trained and exported is on record whatever the devices make of it.
+    trained = report(deployed=None)
+    if not run.deploy:
+        return trained
+    return report(_deploy(run, connection, devices, packaged, progress, timings))
+
+
+def some(images: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
+    """At most `count` of the images, evenly spread over all."""
+    chosen: NDArray[np.uint8] = images[
+        np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
+    ]
+    return chosen
+
+
+def _task(run: TaskRun) -> Task:
+    return Task(
+        name=run.task,
+        classes=run.data.probe.classes,
+        probe=len(run.data.probe),
+        transfer=len(run.data.transfer),
+        test=None if run.data.test is None else len(run.data.test),
     )
-    write_report(report, _pictures(run.data.probe, result), run.folder)
-    return report
 
 
 def _deploy(
@@ -153,16 +177,17 @@ def _deploy(
     progress: Progress,
     timings: Timings,
 ) -> dict[str, float] | None:
-    """Roll out, then measure what the devices themselves answer on the test set."""
-    names = [d.name for d in devices]
+    """Roll out to who is still there, then measure what the devices themselves answer."""
+    online = {d.name for d in connection.fleet.devices()}
+    absent = [d.name for d in devices if d.name not in online]
+    if absent:
+        progress.say(f"Not online any more, and left out: {', '.join(absent)}")
+    there = [d for d in devices if d.name in online]
+    names = [d.name for d in there]
     progress.begin("roll-out", len(names))
     with timings.of("roll-out"):
         roll_out(
-            connection.caller,
-            names,
-            packaged.card,
-            packaged.bundle,
-            installed=lambda _status, _device: progress.advance(),
+            connection.caller, names, packaged.card, packaged.bundle, installed=progress.advance
         )
     progress.end()
     progress.say(f"Version {packaged.card.version} of {run.task} is active on {len(names)} devices")
@@ -176,12 +201,11 @@ def _deploy(
             raise CheckFailed(
                 f"{device.name} answers with version {answer.version}, not {packaged.card.version}"
             )
-        progress.advance()
         return float((answer.logits.argmax(1) == test.labels).mean())
 
     progress.begin("ask devices", len(names))
-    with timings.of("ask devices"), ThreadPoolExecutor(len(devices)) as pool:
-        accuracies = list(pool.map(ask, devices))
+    with timings.of("ask devices"):
+        accuracies = in_parallel(there, ask, progress.advance)
     progress.end()
     return dict(zip(names, accuracies, strict=True))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -39,17 +41,21 @@ def _die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def stop(processes: Sequence[subprocess.Popen[bytes]], grace_s: float = 10) -> None:
-    """SIGTERM to all, then SIGKILL to those that have not gone after `grace_s`."""
+def stop(processes: Sequence[subprocess.Popen[bytes]], grace_s: float = 20) -> None:
+    """SIGTERM to all, then SIGKILL to those that have not gone after `grace_s`, or at a second Ctrl-C."""
     for process in processes:
         if process.poll() is None:
             process.terminate()
-    for process in processes:
-        try:
-            process.wait(grace_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    end = time.monotonic() + grace_s
+    try:
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
 
 
 def last_words(log: Path, lines: int = 5) -> str:

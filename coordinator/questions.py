@@ -10,10 +10,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.uploads import upload
 from edge_teacher.contract import frame
-from edge_teacher.contract.errors import Busy, Malformed, NotFound
+from edge_teacher.contract.errors import Malformed, NotFound
 from edge_teacher.contract.images import Images, blocks, check_images, image_block_id
-from edge_teacher.contract.limits import UPLOAD_BYTES
 from edge_teacher.contract.messages import Answered, Card, PutImages, Received
 from edge_teacher.rpc.invoke import Caller
 
@@ -76,12 +76,7 @@ class Questions:
         return answered, values
 
     def _put(self, block: Images, block_id: str) -> None:
-        flat = block.reshape(-1)
-        offset = 0
-        # "Have you got it?" costs 200 bytes; a block that is still there costs nothing more.
-        piece = flat[:0]
-        # Begun again a few times, where other coordinators' blocks push it out; not for ever.
-        for _ in range(8 + 4 * (block.nbytes // UPLOAD_BYTES)):
+        def send(offset: int, piece: NDArray[np.uint8]) -> int:
             received, _ = self._caller.call(
                 self.device,
                 "put_images",
@@ -90,11 +85,7 @@ class Questions:
                 answer=Received,
                 timeout_s=self._timeout_s,
             )
-            offset = received.next_offset
-            if offset >= received.total_bytes:
-                self._sent.add(block_id)
-                return
-            piece = flat[offset : offset + UPLOAD_BYTES]
-        raise Busy(
-            f"{self.device} does not keep the images it is sent; is its image store too small?"
-        )
+            return received.next_offset
+
+        upload(block.reshape(-1), send, to=self.device)
+        self._sent.add(block_id)

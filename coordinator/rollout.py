@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.parallel import in_parallel
 from coordinator.questions import Questions
+from coordinator.uploads import upload
 from edge_teacher.bundle import StudentCard
-from edge_teacher.contract.errors import Busy, CheckFailed, FedsaError, UsageError
+from edge_teacher.contract.errors import CheckFailed, FedsaError, UsageError
 from edge_teacher.contract.images import Images
-from edge_teacher.contract.limits import UPLOAD_BYTES
 from edge_teacher.contract.messages import (
     Card,
     PredictQuery,
@@ -45,29 +45,21 @@ def install(caller: Caller, device: str, card: StudentCard, bundle: bytes) -> St
     Raises what the device answers: a wrong signature, an old version, a failed canary batch.
     """
     digest = hashlib.sha256(bundle).hexdigest()
-    data = np.frombuffer(bundle, np.uint8)
-    piece, offset = data[:0], 0
-    # Begun again a few times, where another offer takes its place; not for ever.
-    for _ in range(8 + 4 * (len(bundle) // UPLOAD_BYTES)):
-        offered, _ = caller.call(
-            device,
-            "student.offer",
-            StudentOffer(
-                task=card.task,
-                version=card.version,
-                digest=digest,
-                total_bytes=len(bundle),
-                offset=offset,
-            ),
-            {"data": piece},
-            answer=StudentOffered,
+
+    def send(offset: int, piece: NDArray[np.uint8]) -> int:
+        offer = StudentOffer(
+            task=card.task,
+            version=card.version,
+            digest=digest,
+            total_bytes=len(bundle),
+            offset=offset,
         )
-        offset = offered.received.next_offset
-        if offset == len(bundle):
-            break
-        piece = data[offset : offset + UPLOAD_BYTES]
-    else:
-        raise Busy(f"{device} does not keep what it is sent of {card.task!r}; try again later")
+        offered, _ = caller.call(
+            device, "student.offer", offer, {"data": piece}, answer=StudentOffered
+        )
+        return offered.received.next_offset
+
+    upload(np.frombuffer(bundle, np.uint8), send, to=device)
     command = StudentCommand(task=card.task, version=card.version)
     status, _ = caller.call(device, "student.activate", command, answer=StudentStatus)
     return status
@@ -79,12 +71,13 @@ def roll_out(
     card: StudentCard,
     bundle: bytes,
     *,
-    installed: Callable[[StudentStatus, str], None] = lambda status, device: None,
+    installed: Callable[[], None] = lambda: None,
 ) -> dict[str, StudentStatus]:
     """Install on the first device as the canary, then on the others in waves of four.
 
-    Raises UsageError without devices, and CheckFailed naming every device that refused and every one
-    that was not asked: after the wave, or the canary, in which one refuses, no other is touched.
+    `installed` is called on this thread, once per device. Raises UsageError without devices, and
+    CheckFailed naming every device on which it failed, and why, and every one that was not asked: after
+    the wave, or the canary, in which one fails, no other is touched.
     """
     if not devices:
         raise UsageError(
@@ -92,32 +85,25 @@ def roll_out(
         )
     done: dict[str, StudentStatus] = {}
 
-    def one(device: str) -> None:
-        done[device] = install(caller, device, card, bundle)
-        installed(done[device], device)
+    def attempt(device: str) -> FedsaError | None:
+        try:
+            done[device] = install(caller, device, card, bundle)
+        except FedsaError as error:
+            return error
+        return None
 
-    canary, *others = devices
-    try:
-        one(canary)
-    except FedsaError as error:
-        raise CheckFailed(
-            f"the canary device {canary} refused version {card.version} of {card.task!r}, so no "
-            f"other device was touched: {error}"
-        ) from error
-    with ThreadPoolExecutor(WAVE, thread_name_prefix="roll-out") as pool:
-        for start in range(0, len(others), WAVE):
-            failures = []
-            for device, future in [(d, pool.submit(one, d)) for d in others[start : start + WAVE]]:
-                try:
-                    future.result()
-                except FedsaError as error:
-                    failures.append(f"{device}: {error}")
-            if failures:
-                untouched = ", ".join(others[start + WAVE :]) or "none"
-                raise CheckFailed(
-                    f"{len(failures)} of {len(devices)} devices refused version {card.version} of "
-                    f"{card.task!r}: {'; '.join(failures)} (not touched: {untouched})"
-                )
+    # One canary, then waves: a wave ends before the next begins.
+    waves = [devices[:1], *(devices[i : i + WAVE] for i in range(1, len(devices), WAVE))]
+    for number, wave in enumerate(waves):
+        outcomes = zip(wave, in_parallel(wave, attempt, installed), strict=True)
+        failures = {device: error for device, error in outcomes if error is not None}
+        if failures:
+            untouched = [device for later in waves[number + 1 :] for device in later]
+            raise CheckFailed(
+                f"version {card.version} of {card.task!r} was not installed on "
+                + "; ".join(f"{device}: {error}" for device, error in sorted(failures.items()))
+                + f" (not touched: {', '.join(untouched) or 'none'})"
+            )
     return done
 
 

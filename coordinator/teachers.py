@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 from zipfile import BadZipFile
 
 import msgspec
@@ -19,8 +17,6 @@ from edge_teacher.contract.images import image_block_id
 from edge_teacher.contract.messages import Card, FeatureForm, FeaturesQuery, SaliencyQuery
 from edge_teacher.files import write_atomically
 from edge_teacher.rpc.invoke import Caller
-
-Answer = TypeVar("Answer")
 
 
 class Teacher(Protocol):
@@ -123,25 +119,3 @@ class RemoteTeacher:
     def _key(self, method: str, query: msgspec.Struct) -> str:
         words = [self._card.bundle, method, msgspec.json.encode(query).decode()]
         return hashlib.sha256("\n".join(words).encode()).hexdigest()
-
-
-def in_parallel(
-    teachers: Sequence[Teacher],
-    ask: Callable[[Teacher], Answer],
-    done: Callable[[], None] = lambda: None,
-) -> list[Answer]:
-    """`ask` each teacher on a thread of its own: devices compute at the same time.
-
-    `done` is called here, once per teacher. Raises the first error; what the others answered until
-    then stays in the cache.
-    """
-    pool = ThreadPoolExecutor(max(1, len(teachers)), thread_name_prefix="ask")
-    try:
-        asked = [pool.submit(ask, teacher) for teacher in teachers]
-        for finished in as_completed(asked):
-            finished.result()
-            done()
-        return [finished.result() for finished in asked]
-    finally:
-        # Not waiting: after an error or a Ctrl-C, closing the connection ends what is still asked.
-        pool.shutdown(wait=False, cancel_futures=True)

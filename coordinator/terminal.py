@@ -14,7 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(stderr=True, highlight=False)
+# No markup: what devices and files are called comes from elsewhere and may look like it.
+console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 class TerminalProgress:

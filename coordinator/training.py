@@ -34,6 +34,7 @@ from coordinator.optimisation import (
     stage_generator,
     steps_per_epoch,
 )
+from coordinator.parallel import in_parallel
 from coordinator.progress import Progress, Silent
 from coordinator.selection import Evidence, select
 from coordinator.student import (
@@ -44,7 +45,7 @@ from coordinator.student import (
     pooled_features,
     save_student,
 )
-from coordinator.teachers import Teacher, in_parallel
+from coordinator.teachers import Teacher
 from edge_teacher.contract.errors import UsageError
 
 _MEASURE_EVERY_EPOCHS = 5
@@ -84,6 +85,12 @@ def train(
     """
     if not teachers:
         raise UsageError("There is no teacher to learn from; start at least one device.")
+    if config.selection.strategy != "all" and config.selection.k > len(teachers):
+        # Known now: not after the baseline and the warm-up.
+        raise UsageError(
+            f"selection.k is {config.selection.k} and there are {len(teachers)} teachers; "
+            "start more of them or choose a smaller k."
+        )
     progress = progress or Silent()
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     run = Run.open(folder, config, data, list(teachers))

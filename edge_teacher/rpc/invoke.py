@@ -84,6 +84,7 @@ class Caller:
         self._tick_s = tick_s
         self._pending: dict[bytes, _Pending] = {}
         self._lock = threading.Lock()
+        self._gone: dict[str, str] = {}
         self._closed = threading.Event()
         transport.subscribe(topics.responses(name), self._on_response)
         self._watch = threading.Thread(target=self._watch_deadlines, name="rpc-watch", daemon=True)
@@ -116,6 +117,8 @@ class Caller:
         with self._lock:
             if self._closed.is_set():
                 raise Unreachable("this connection is closed")
+            if device in self._gone:
+                raise Unreachable(f"{device} {self._gone[device]} before it was asked for {method}")
             self._pending[correlation] = pending
         try:
             self._send(pending)
@@ -147,8 +150,9 @@ class Caller:
             raise
 
     def device_gone(self, device: str, why: str) -> None:
-        """Fail everything asked of a device that will not answer any more."""
+        """Fail everything asked of a device that will not answer any more, until it is back."""
         with self._lock:
+            self._gone[device] = why
             lost = [p for p in self._pending.values() if p.device == device]
             for pending in lost:
                 del self._pending[pending.request.correlation]
@@ -156,6 +160,11 @@ class Caller:
             pending.future.set_exception(
                 Unreachable(f"{device} {why} while it was asked for {pending.method}")
             )
+
+    def device_back(self, device: str) -> None:
+        """The device may be asked again."""
+        with self._lock:
+            self._gone.pop(device, None)
 
     def close(self) -> None:
         self._closed.set()

@@ -42,8 +42,8 @@ def one_sentence(done: subprocess.CompletedProcess[str], code: int, *words: str)
 
 def train(folder: Path, *more: object, broker: str = "mqtt://127.0.0.1:9") -> list[object]:
     return [
-        *("train", "--task", "t", "--key", folder / "c.key", "--runs", folder / "runs"),
-        *("--broker.url", broker, "--data.probe", PROBE, "--data.transfer", TRANSFER),
+        *("train", "--task", "t", "--signing-key", folder / "c.key", "--runs", folder / "runs"),
+        *("--broker", broker, "--data.probe", PROBE, "--data.transfer", TRANSFER),
         *more,
     ]
 
@@ -71,7 +71,7 @@ def test_a_value_of_the_wrong_type(tmp_path: Path) -> None:
 
 
 def test_a_setting_that_must_be_given(tmp_path: Path) -> None:
-    done = fedsa("train", "--task", "t", "--key", tmp_path / "k", "--broker.url", "mqtt://h")
+    done = fedsa("train", "--task", "t", "--signing-key", tmp_path / "k", "--broker", "mqtt://h")
     one_sentence(done, 2, "data.probe")
 
 
@@ -136,7 +136,7 @@ def test_a_bundle_signed_by_somebody_else(tmp_path: Path) -> None:
         pass
     done = fedsa(
         *("deploy", "--broker", "mqtt://127.0.0.1:9", "--bundle", tmp_path / "s.fedsa"),
-        *("--key", tmp_path / "mine.pub"),
+        *("--trusted-key", tmp_path / "mine.pub"),
     )
     one_sentence(done, 1, "s.fedsa", "no fedsa bundle")
 
@@ -145,7 +145,14 @@ def test_a_student_that_is_no_student(tmp_path: Path) -> None:
     (tmp_path / "student.pt").write_bytes(b"nonsense")
     done = fedsa(
         *("export", "student", "--student", tmp_path / "student.pt", "--task", "t"),
-        *("--calibration", TRANSFER, "--key", tmp_path / "k.key", "--out", tmp_path / "s.fedsa"),
+        *(
+            "--calibration",
+            TRANSFER,
+            "--signing-key",
+            tmp_path / "k.key",
+            "--out",
+            tmp_path / "s.fedsa",
+        ),
     )
     one_sentence(done, 2, "student.pt")
     assert not (tmp_path / "s.fedsa").exists()

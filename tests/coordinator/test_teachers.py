@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 
-from coordinator.teachers import AnswerCache, RemoteTeacher, Teacher, in_parallel
-from edge_teacher.contract.errors import NotFound
+from coordinator.teachers import AnswerCache, RemoteTeacher
 from edge_teacher.contract.images import image_block_id
 from edge_teacher.contract.limits import Limits
 from edge_teacher.contract.messages import Answered, FeaturesQuery
@@ -142,48 +140,3 @@ class TestCache:
                 np.save(path, wrong)
                 found = RemoteTeacher(here.caller, card, cache).saliency(IMAGES)
                 assert np.allclose(found, SALIENCY, atol=1e-3)
-
-
-class Named:
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def saliency(self, images: np.ndarray) -> np.ndarray:
-        return images
-
-    pooled = features = saliency
-
-
-class TestInParallel:
-    teachers: list[Teacher] = [Named(f"t{i}") for i in range(8)]  # noqa: RUF012
-
-    def test_all_at_the_same_time_and_in_order(self) -> None:
-        everyone = threading.Barrier(8, timeout=10)
-
-        def ask(teacher: Teacher) -> str:
-            everyone.wait()
-            return teacher.name
-
-        assert in_parallel(self.teachers, ask) == [f"t{i}" for i in range(8)]
-
-    def test_an_error_is_raised_without_waiting_for_the_others(self) -> None:
-        over = threading.Event()
-
-        def ask(teacher: Teacher) -> str:
-            if teacher.name == "t3":
-                raise NotFound(teacher.name)
-            over.wait(30)
-            return teacher.name
-
-        with pytest.raises(NotFound, match="t3"):
-            in_parallel(self.teachers, ask)
-        assert not over.is_set()
-        over.set()
-
-    def test_progress_is_told_once_per_teacher(self) -> None:
-        told: list[int] = []
-        in_parallel(self.teachers, lambda teacher: teacher.name, lambda: told.append(1))
-        assert len(told) == 8
-
-    def test_nobody(self) -> None:
-        assert in_parallel([], lambda teacher: teacher.name) == []
