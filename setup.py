@@ -1,7 +1,7 @@
 """Two installations of one project, and the device's never brings torch or onnx.
 
-    pip install .[edge]           on a device
-    pip install .[coordinator]    on a workstation
+pip install .[edge]           on a device
+pip install .[coordinator]    on a workstation
 """
 
 from setuptools import find_packages, setup
@@ -40,7 +40,9 @@ setup(
     description="Federated selective aggregation: private teachers on edge devices teach one student",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["edge_teacher*", "coordinator*", "export*", "firmware_configs*"]),
+    packages=find_packages(
+        include=["edge_teacher*", "coordinator*", "export*", "firmware_configs*"]
+    ),
     package_data={"coordinator": ["*.html.j2"]},
     install_requires=EDGE,
     extras_require={

@@ -2,9 +2,10 @@
 
     python -m benchmarks.saliency [--rounds 15] [--only residual vit]
 
-Every cell times three things in turn, round after round, and reports ratios of their medians, so that a busy machine
-slows all three alike. `vs_forward` is teacher graph over the plain ONNX forward; `vs_torch` is teacher graph over torch
-eager forward and backward to the same map (below 1: faster than torch). The last line is one JSON object.
+Every cell times three things in turn, round after round, and reports ratios of their medians, so that a
+busy machine slows all three alike. `vs_forward` is teacher graph over the plain ONNX forward; `vs_torch`
+is teacher graph over torch eager forward and backward to the same map (below 1: faster than torch). The
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -49,10 +51,8 @@ def torch_map(net: nn.Module, images: Tensor, kind: Kind) -> Tensor:
         leaf = kept[0]
     score = y.mean((2, 3)) if y.dim() == 4 else y
     (gradient,) = torch.autograd.grad(score.max(1).values.sum(), leaf)
-    if kind == "input_gradient":
-        maps = gradient.abs().amax(1)
-    else:
-        maps = _cam(leaf.detach(), gradient)
+    by_input = kind == "input_gradient"
+    maps = gradient.abs().amax(1) if by_input else _cam(leaf.detach(), gradient)
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return (maps - low) / torch.where(high > low, high - low, 1.0)
 
@@ -119,7 +119,8 @@ def main() -> None:
     cells = []
     worst = 0.0
     print(
-        f"{'net':<14}{'kind':<16}{'batch':>5}{'forward':>10}{'teacher':>10}{'torch':>10}{'vs fwd':>8}{'vs torch':>9}"
+        f"{'net':<14}{'kind':<16}{'batch':>5}{'forward':>10}{'teacher':>10}{'torch':>10}"
+        f"{'vs fwd':>8}{'vs torch':>9}"
     )
     for name in arguments.only:
         torch.manual_seed(0)
@@ -142,9 +143,9 @@ def main() -> None:
                 feed, some = {"images": images[:batch]}, pixels[:batch]
                 took = interleaved(
                     {
-                        "forward": lambda: plain.run(None, feed),
-                        "teacher": lambda: teacher.run(None, feed),
-                        "torch": lambda: torch_map(net, some, kind),
+                        "forward": partial(plain.run, None, feed),
+                        "teacher": partial(teacher.run, None, feed),
+                        "torch": partial(torch_map, net, some, kind),
                     },
                     arguments.rounds,
                 )

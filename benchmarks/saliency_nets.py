@@ -138,8 +138,8 @@ def resnet() -> nn.Module:
 def mobilenet() -> nn.Module:
     act = nn.Hardswish()
     return Classifier(
-        conv(3, 16, 3, 2, act), Inverted(16, 16, 1), Inverted(16, 24, 2), Inverted(24, 24, 1), Inverted(24, 40, 2),
-        Inverted(40, 40, 1), conv(40, 160, 1, act=act), channels=160,
+        conv(3, 16, 3, 2, act), Inverted(16, 16, 1), Inverted(16, 24, 2), Inverted(24, 24, 1),
+        Inverted(24, 40, 2), Inverted(40, 40, 1), conv(40, 160, 1, act=act), channels=160,
     )  # fmt: skip
 
 

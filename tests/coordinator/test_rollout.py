@@ -102,7 +102,9 @@ def test_nothing_is_sent_to_others_before_the_canary_device_has_proved_it(tmp_pa
 def test_a_canary_device_that_refuses_protects_all_others(tmp_path: Path) -> None:
     with (
         world(tmp_path, *DEVICES) as here,
-        pytest.raises(CheckFailed, match=r"not installed on d0: .*canary batch.* \(not touched: d1, .*d6\)"),
+        pytest.raises(
+            CheckFailed, match=r"not installed on d0: .*canary batch.* \(not touched: d1, .*d6\)"
+        ),
     ):
         roll_out(here.caller, DEVICES, *student(order=(2, 1, 0)))
     assert {m.topic.split("/")[2] for m in here.published if "/req/" in m.topic} == {"d0"}

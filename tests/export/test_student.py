@@ -248,7 +248,9 @@ def test_canary_recognises_the_student_and_no_other(exported: StudentFiles) -> N
         assert np.abs(answered - canary.logits[name]).max() <= canary.tolerance[name]
         assert (answered.argmax(1) == canary.top1).all()
     other = onnx.load_from_string(exported.files[CPU])
-    multiply = next(n for n in other.graph.node if n.name.startswith("input/") and n.op_type == "Mul")
+    multiply = next(
+        n for n in other.graph.node if n.name.startswith("input/") and n.op_type == "Mul"
+    )
     scale = next(i for i in other.graph.initializer if i.name == multiply.input[1])
     scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * 1.2, scale.name))
     answered = OnnxClassifier(other.SerializeToString()).logits(canary.images)

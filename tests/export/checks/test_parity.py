@@ -52,7 +52,9 @@ def test_a_right_derivative_passes(wrt: str | None, target: Target) -> None:
     assert report.passed
 
 
-def test_an_operator_the_judge_lacks_falls_back_to_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_operator_the_judge_lacks_falls_back_to_differences(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from export.checks import torch_operators
 
     monkeypatch.delitem(torch_operators.OPERATORS, "MaxPool")

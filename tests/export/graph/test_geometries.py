@@ -1,7 +1,7 @@
 """Random convolution, pooling and resizing geometries against float64 autograd: 610 of them.
 
-A geometry is one node on a few hundred numbers; ten share a model and an input, because building a session costs more
-than running it. A wrong one shows in the sum: errors are of order one, and the tolerance is 1e-5.
+A geometry is one node on a few hundred numbers; ten share a model and an input, because building a session
+costs more than running it. A wrong one shows in the sum: errors are of order one, the tolerance is 1e-5.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def plane(draw: Draw, low: int = 8, high: int = 12) -> tuple[int, ...]:
 def window(
     draw: Draw, rank: int, *, dilated: bool = True, within: bool = False
 ) -> dict[str, list[int]]:
-    """Kernel, strides, dilations and (asymmetric) pads that fit on 8 pixels; pads below the kernel if `within`."""
+    """Kernel, strides, dilations and (asymmetric) pads for 8 pixels; pads below the kernel if `within`."""
     kernel = each(draw, rank, 1, 4)
     pads = each(draw, 2 * rank, 0, 2)
     if within:
@@ -80,7 +80,7 @@ def window(
 
 
 def all_windows_start_inside(attributes: dict[str, list[int]]) -> None:
-    """In ceil mode ONNX Runtime's shape inference counts windows that start beyond the map; its kernels do not."""
+    """In ceil mode ONNX Runtime's shape inference counts windows beyond the map; its kernels do not."""
     kernel = attributes["kernel_shape"]
     rank = len(kernel)
     attributes["pads"][rank:] = [0] * rank

@@ -179,7 +179,10 @@ SHAPES = {
     "Flatten": ("y = Flatten(x)", MAP, {}),
     "Flatten 2": ("f = Flatten<axis=2>(x) y = Exp(f)", MAP, {}),
     "Reshape tokens": ("y = Reshape(x, s)", MAP, {"s": ints(0, 2, 2, -1)}),
-    "Reshape into batch": ("r = Reshape(x, s) e = Exp(r) y = Reshape(e, t)", MAP, {"s": ints(-1, 2, 48), "t": ints(-1, 192)}),
+    "Reshape into batch": (
+        "r = Reshape(x, s) e = Exp(r) y = Reshape(e, t)", MAP,
+        {"s": ints(-1, 2, 48), "t": ints(-1, 192)},
+    ),
     "Squeeze": ("g = GlobalAveragePool(x) y = Squeeze(g, a)", MAP, {"a": ints(2, 3)}),
     "Unsqueeze": ("u = Unsqueeze(x, a) y = Exp(u)", MAP, {"a": ints(1, -1)}),
     "Transpose": ("y = Transpose<perm=[0,2,3,1]>(x)", MAP, {}),
@@ -194,8 +197,14 @@ SHAPES = {
     "Concat with constant": ("e = Exp(x) z = Mul(x, q) y = Concat<axis=-1>(e, z)", MAP, {"q": f32(0)}),
     "Slice": ("y = Slice(x, s, e, a)", MAP, {"s": ints(1, -5), "e": ints(6, -1), "a": ints(2, 3)}),
     "Slice step": ("y = Slice(x, s, e, a, t)", MAP, {"s": ints(1), "e": ints(8), "a": ints(3), "t": ints(3)}),
-    "Slice backwards": ("y = Slice(x, s, e, a, t)", MAP, {"s": ints(6), "e": ints(-2**31), "a": ints(3), "t": ints(-2)}),
-    "Slice reverse": ("y = Slice(x, s, e, a, t)", MAP, {"s": ints(-1), "e": ints(-(2**63) + 1), "a": ints(3), "t": ints(-1)}),
+    "Slice backwards": (
+        "y = Slice(x, s, e, a, t)", MAP,
+        {"s": ints(6), "e": ints(-2**31), "a": ints(3), "t": ints(-2)},
+    ),
+    "Slice reverse": (
+        "y = Slice(x, s, e, a, t)", MAP,
+        {"s": ints(-1), "e": ints(-(2**63) + 1), "a": ints(3), "t": ints(-1)},
+    ),
     "Slice to the end": ("y = Slice(x, s, e, a)", MAP, {"s": ints(1), "e": ints(2**63 - 1), "a": ints(1)}),
     "Gather one": ("y = Gather<axis=1>(x, i)", MAP, {"i": np.int64(2)}),
     "Gather some": ("y = Gather<axis=1>(x, i)", MAP, {"i": ints(3, 0, 3)}),
@@ -220,9 +229,11 @@ def test_shapes(name: str) -> None:
 
 
 NARROW = [
-    "GlobalAveragePool", "Reshape tokens", "Transpose", "Concat", "Slice", "Slice step", "Gather some", "Pad reflect",
-    "Pad constant", "Pad negative", "Tile", "LRN odd", "MatMul weight", "attention", "Einsum weight", "InstanceNormalization",
-    "LayerNormalization", "BatchNormalization", "Mul gate", "Slice backwards", "roll", "DepthToSpace", "Gather table",
+    "GlobalAveragePool", "Reshape tokens", "Transpose", "Concat", "Slice", "Slice step", "Gather some",
+    "Pad reflect", "Pad constant", "Pad negative", "Tile", "LRN odd", "MatMul weight", "attention",
+    "Einsum weight",
+    "InstanceNormalization", "LayerNormalization", "BatchNormalization", "Mul gate", "Slice backwards", "roll",
+    "DepthToSpace", "Gather table",
 ]  # fmt: skip
 
 

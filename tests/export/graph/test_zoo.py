@@ -1,4 +1,4 @@
-"""Twelve kinds of network, random and trained: gradients and maps against torch's float64 autograd, per image."""
+"""Kinds of network, random and trained: gradients and maps against torch's float64 autograd, per image."""
 
 from __future__ import annotations
 

@@ -275,7 +275,8 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
         conv(3, 8, 7, 2), nn.MaxPool2d(3, 2, 1), Residual(8, 8), Residual(8, 16, 2), channels=16
     ),
     "vgg": lambda: Net(
-        conv(3, 8), nn.MaxPool2d(2), conv(8, 12), conv(12, 12), nn.MaxPool2d(2, ceil_mode=True), conv(12, 16), channels=16
+        conv(3, 8), nn.MaxPool2d(2), conv(8, 12), conv(12, 12), nn.MaxPool2d(2, ceil_mode=True), conv(12, 16),
+        channels=16,
     ),
     "mobilenet_v2": lambda: Net(
         conv(3, 8, 3, 2, nn.ReLU6()), Inverted(8, 8, 1, nn.ReLU6()), Inverted(8, 12, 2, nn.ReLU6()),
@@ -283,11 +284,12 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     ),
     "mobilenet_v3": lambda: Net(
         conv(3, 8, 3, 2, nn.Hardswish()), Inverted(8, 8, 1, nn.ReLU(), nn.Hardsigmoid()),
-        Inverted(8, 12, 2, nn.Hardswish(), nn.Hardsigmoid(), 5), conv(12, 24, 1, act=nn.Hardswish()), channels=24,
+        Inverted(8, 12, 2, nn.Hardswish(), nn.Hardsigmoid(), 5), conv(12, 24, 1, act=nn.Hardswish()),
+        channels=24,
     ),
     "densenet": lambda: Net(
-        conv(3, 8), Dense(8, 4, 3), conv(20, 10, 1), nn.AvgPool2d(2), Dense(10, 4, 2), nn.BatchNorm2d(18), nn.ReLU(),
-        channels=18,
+        conv(3, 8), Dense(8, 4, 3), conv(20, 10, 1), nn.AvgPool2d(2), Dense(10, 4, 2),
+        nn.BatchNorm2d(18), nn.ReLU(), channels=18,
     ),
     "shufflenet": lambda: Net(conv(3, 8, 3, 2), Shuffle(8), Shuffle(8), conv(8, 16, 1), channels=16),
     "inception": lambda: Net(conv(3, 8, 3, 2), Inception(8), Inception(22), channels=22),
