@@ -140,7 +140,7 @@ def load_module(manifest: Manifest, folder: Path) -> nn.Module:
         # The owner's code may raise anything; what it said is what helps.
         raise UsageError(
             f"the network of {manifest.name!r} ({manifest.module}, weights {manifest.weights}) "
-            f"cannot be loaded: {type(error).__name__}: {error}"
+            f"cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
     if not isinstance(module, nn.Module):
         raise UsageError(f"{manifest.module} returns {type(module).__name__}, no torch module")

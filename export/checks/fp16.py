@@ -6,15 +6,19 @@ casts at the borders. Runtimes choose no precision by themselves (TensorRT 11 ha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from export.graph.network import session
 
 AGREEMENT = 0.99
+PREPROCESSING = "images/"  # what `export.graph.wrap` calls its nodes
 
 
 class HalfReport(msgspec.Struct, frozen=True):
@@ -41,32 +45,81 @@ class HalfReport(msgspec.Struct, frozen=True):
 
 
 def to_half(teacher: onnx.ModelProto) -> onnx.ModelProto:
-    """A float16 copy of a teacher graph with the same uint8 input and float32 outputs."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(teacher)
-    single = [node.name for node in copy.graph.node if node.name.startswith("images/")]
-    single += _normalisation(copy.graph)
-    converted: onnx.ModelProto = convert_float_to_float16(
-        copy, keep_io_types=True, disable_shape_infer=True, node_block_list=single
+    """A float16 copy of a teacher graph with the same uint8 input and float32 outputs.
+
+    Only what lies between the two parts that stay in float32 is handed to ONNX Runtime's converter: told to
+    leave single nodes alone, it would take every tensor between two of them through float16 and back.
+    """
+    nodes = list(teacher.graph.node)
+    front = [node for node in nodes if node.name.startswith(PREPROCESSING)]
+    tail = _normalisation(nodes)
+    apart = {node.name for node in (*front, *tail)}
+    middle = [node for node in nodes if node.name not in apart]
+    made = {name for node in middle for name in node.output}
+    read = {name for node in middle for name in node.input}
+    wanted = {info.name for info in teacher.graph.output}
+    wanted |= {name for node in tail for name in node.input}
+    prepared = [name for node in front for name in node.output if name in read]
+    core = helper.make_graph(
+        middle,
+        "core",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in prepared],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+            for name in sorted(made & wanted)
+        ],
+        [tensor for tensor in teacher.graph.initializer if tensor.name in read],
     )
-    return converted
+    half: onnx.ModelProto = convert_float_to_float16(
+        helper.make_model(core, opset_imports=teacher.opset_import, ir_version=teacher.ir_version),
+        keep_io_types=True,
+        disable_shape_infer=True,
+    )
+    outside = {name for node in (*front, *tail) for name in node.input}
+    single = {}  # constants the outer parts read; the converter may have halved those of the same name
+    for tensor in teacher.graph.initializer:
+        if tensor.name not in outside:
+            continue
+        single[tensor.name] = onnx.TensorProto()
+        single[tensor.name].CopyFrom(tensor)
+        single[tensor.name].name = f"single/{tensor.name}"
+    outer = [_reading(node, single) for node in (*front, *tail)]
+    whole = helper.make_graph(
+        [*outer[: len(front)], *half.graph.node, *outer[len(front) :]],
+        teacher.graph.name,
+        teacher.graph.input,
+        teacher.graph.output,
+        [*half.graph.initializer, *single.values()],
+    )
+    return helper.make_model(
+        whole,
+        opset_imports=teacher.opset_import,
+        ir_version=teacher.ir_version,
+        producer_name=teacher.producer_name,
+    )
 
 
-def _normalisation(graph: onnx.GraphProto) -> list[str]:
+def _reading(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> onnx.NodeProto:
+    """The node, with its constants taken from `constants`."""
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    for i, name in enumerate(node.input):
+        if name in constants:
+            copy.input[i] = constants[name].name
+    return copy
+
+
+def _normalisation(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
     """The nodes of the min-max per image: everything after the last ReduceMin's input."""
-    lows = [
-        node
-        for node in graph.node
-        if node.op_type == "ReduceMin" and node.name.startswith("saliency/")
-    ]
+    lows = [n for n in nodes if n.op_type == "ReduceMin" and n.name.startswith("saliency/")]
     if not lows:
         return []
-    reached, names = {lows[-1].input[0]}, []
-    for node in graph.node:
+    reached, found = {lows[-1].input[0]}, []
+    for node in nodes:
         if any(name in reached for name in node.input):
             reached.update(node.output)
-            names.append(node.name)
-    return names
+            found.append(node)
+    return found
 
 
 def check_half(teacher: onnx.ModelProto, photographs: NDArray[np.uint8]) -> HalfReport:

@@ -99,7 +99,12 @@ def test_a_mistyped_variable_is_said(variable: str, says: str) -> None:
 
 
 def test_variables_of_other_commands_are_left_alone() -> None:
-    assert load_config(None, environ={"FEDSA_BROKER": "localhost"}) == Config()
+    assert load_config(None, environ={"FEDSA_CI": "1"}) == Config()
+
+
+def test_a_variable_that_resembles_a_key_is_not_passed_over() -> None:
+    with pytest.raises(UsageError, match="FEDSA_BROKER sets no configuration key; did you mean"):
+        load_config(None, environ={"FEDSA_BROKER": "localhost"})
 
 
 @pytest.mark.parametrize(

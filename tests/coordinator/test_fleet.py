@@ -81,7 +81,7 @@ def test_those_who_came_before_and_after_by_name(
     devices.born("b")
     fleet = Fleet(transport, caller)
     devices.born("a")
-    found = fleet.wait(2, 10)
+    found = fleet.wait(2)
     assert [device.name for device in found] == ["a", "b"]
     assert found[0].card.device == "a"
     assert found[0].state.online
@@ -113,11 +113,11 @@ def test_too_few_is_one_sentence_that_names_those_who_came(
     devices: Devices, transport: MemoryTransport, caller: Caller
 ) -> None:
     fleet = Fleet(transport, caller)
-    with pytest.raises(Unreachable, match=r"0 of 2 teachers .* \(none\)"):
-        fleet.wait(2, 0.05)
+    with pytest.raises(Unreachable, match=r"0 of 2 teachers .* \(online: none\)"):
+        fleet.wait(2, timeout_s=0.05)
     devices.born("a")
-    with pytest.raises(Unreachable, match=r"1 of 2 teachers .* \(a\)"):
-        fleet.wait(2, 0.05)
+    with pytest.raises(Unreachable, match=r"1 of 2 teachers .* \(online: a\)"):
+        fleet.wait(2, timeout_s=0.05)
 
 
 @pytest.mark.parametrize("payload", [b"", b"garbage", frame.encode(Empty())])
@@ -126,7 +126,7 @@ def test_what_is_cleared_or_no_message_of_ours_is_no_device_any_more(
 ) -> None:
     devices.born("a")
     fleet = Fleet(transport, caller)
-    fleet.wait(1, 10)
+    fleet.wait(1)
     asked = caller.submit("a", "echo", Empty(), timeout_s=60)
     topic = topics.state("a")
     devices.transport.publish(Message(topic=topic, payload=payload, retain=True))
@@ -134,7 +134,7 @@ def test_what_is_cleared_or_no_message_of_ours_is_no_device_any_more(
         asked.result(10)
     assert names(fleet, online_only=False) == []
     devices.born("a")
-    assert fleet.wait(1, 10)
+    assert fleet.wait(1)
 
 
 def test_a_card_in_another_device_s_name_is_not_believed(
@@ -156,7 +156,7 @@ def test_foreign_topics_do_no_harm(
         devices.publish(f"fedsa/v1/{name}/state", Empty())
         devices.publish(f"fedsa/v1/{name}/card", CARD)
     devices.born("a")
-    assert [device.name for device in fleet.wait(1, 10)] == ["a"]
+    assert [device.name for device in fleet.wait(1)] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_what_is_asked_of_one_that_dies_or_restarts_fails_at_once(
 ) -> None:
     for name in ("a", "b"):
         devices.born(name)
-    Fleet(transport, caller).wait(2, 10)
+    Fleet(transport, caller).wait(2)
     asked = {name: caller.submit(name, "echo", Empty(), timeout_s=60) for name in ("a", "b")}
     devices.state("a", online=online, session=session)
     with pytest.raises(Unreachable, match=f"a {why} while it was asked for echo"):
@@ -185,7 +185,7 @@ def test_one_that_says_again_that_it_is_there_goes_on(
 ) -> None:
     """As every device does when the broker has restarted."""
     devices.born("a")
-    Fleet(transport, caller).wait(1, 10)
+    Fleet(transport, caller).wait(1)
     asked = caller.submit("a", "echo", Empty(), timeout_s=60)
     devices.born("a")
     settle(devices, transport)
@@ -194,7 +194,7 @@ def test_one_that_says_again_that_it_is_there_goes_on(
 
 def test_real_agents_are_found_and_missed(tmp_path: Path) -> None:
     with world(tmp_path, "d1", "d2") as here:
-        assert [d.name for d in here.fleet.wait(2, 20)] == ["d1", "d2"]
+        assert [d.name for d in here.fleet.wait(2, timeout_s=20)] == ["d1", "d2"]
         asked = here.caller.submit("d2", "nothing", Empty(), timeout_s=60)
         asked.exception(20)
         here.transports["d2"].kill()

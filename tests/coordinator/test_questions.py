@@ -142,7 +142,7 @@ def test_a_device_that_keeps_nothing_is_not_sent_images_for_ever(tmp_path: Path)
     with world(tmp_path, "d1") as here:
         liar = Liar(here, rows=0)
         card = msgspec.structs.replace(here.agents["d1"].card(), device="liar")
-        with pytest.raises(Busy, match="does not keep the images"):
+        with pytest.raises(Busy, match="liar does not keep what it is sent"):
             saliency(Questions(here.caller, card), IMAGES)
         assert liar.puts < 20
 

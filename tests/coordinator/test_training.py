@@ -165,7 +165,7 @@ def test_another_run_in_the_folder_is_not_mixed_in(
     with pytest.raises(UsageError, match="another data"):
         train(CONFIG, fewer, teachers(), folder)
     with pytest.raises(UsageError, match="another teachers"):
-        train(CONFIG, DATA, {"t0": teachers()["t0"]}, folder)
+        train(CONFIG, DATA, {**teachers(), "new": teachers()["t0"]}, folder)
 
 
 def test_a_broken_checkpoint_is_said(tmp_path: Path) -> None:
