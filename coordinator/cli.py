@@ -16,11 +16,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-from rich.console import Console
 from rich.table import Table
 
+from coordinator.export_commands import add_export, signing_key
 from coordinator.terminal import console as stderr
+from coordinator.terminal import percent, plain, print_json, stdout
 from edge_teacher import __version__
 from edge_teacher.contract.errors import FedsaError, UsageError
 from edge_teacher.contract.topics import check_name
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 INTERRUPTED = 130
-# No markup: names of teachers and pictures come from elsewhere and may look like it.
-stdout = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--task", required=True, help="the student's name on the devices")
     train.add_argument("--deploy", action="store_true", help="install the student on the teachers")
     train.add_argument("--teachers", type=int, default=1, help="wait for so many (default 1)")
-    _signing_key(train)
+    signing_key(train)
     _broker_options(train, required=False)
 
     for each in (demo, train):
@@ -90,37 +88,7 @@ def parser() -> argparse.ArgumentParser:
     devices.add_argument("--wait", type=float, default=1.0, help="seconds to listen (default 1)")
     _broker_options(devices)
 
-    export = commands.add_parser("export", help="networks in, signed bundles out")
-    kinds = export.add_subparsers(dest="kind", required=True, metavar="KIND")
-    teacher = command(
-        "teacher",
-        _export_teacher,
-        "a torch module, by its manifest, to a teacher bundle",
-        under=kinds,
-    )
-    teacher.add_argument("--manifest", type=Path, required=True)
-    student = command(
-        "student",
-        _export_student,
-        "a trained student to a bundle with INT8 graphs",
-        under=kinds,
-    )
-    student.add_argument("--student", type=Path, required=True, help="student.pt of a run")
-    student.add_argument("--task", required=True)
-    student.add_argument("--calibration", type=Path, required=True, help="images like the devices'")
-    student.add_argument("--holdout", type=Path, help="labelled images to measure the accuracy on")
-    student.add_argument(
-        "--largest-drop",
-        type=float,
-        default=0.02,
-        help="of accuracy on the holdout by quantising, as a fraction; more is refused",
-    )
-    student.add_argument(
-        "--student-version", type=_version, help="default: the time, yyyymmddhhmmss"
-    )
-    for each in (teacher, student):
-        _signing_key(each)
-        each.add_argument("--out", type=Path, required=True, help="the bundle to write (.fedsa)")
+    add_export(commands, command)
 
     deploy = command("deploy", _deploy, "install a student bundle on devices")
     deploy.add_argument("--bundle", type=Path, required=True)
@@ -140,15 +108,6 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _signing_key(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--signing-key",
-        type=Path,
-        required=True,
-        help="private key that signs it (made if missing)",
-    )
-
-
 def _broker_options(command: argparse.ArgumentParser, *, required: bool = True) -> None:
     group = command.add_argument_group("broker")
     group.add_argument("--broker", required=required, help="mqtt://HOST:PORT or mqtts://HOST:PORT")
@@ -165,13 +124,6 @@ def _port(text: str) -> int:
     if not 1 <= port <= 65535:
         raise argparse.ArgumentTypeError(f"{port} is no port: take 1 to 65535")
     return port
-
-
-def _version(text: str) -> int:
-    version = int(text)
-    if version < 1:
-        raise argparse.ArgumentTypeError(f"{version} is no version: take 1 or more")
-    return version
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -309,7 +261,7 @@ def _devices(options: argparse.Namespace) -> int:
         time.sleep(max(0.0, options.wait))
         found = connection.fleet.devices(online_only=False)
     if options.json:
-        _print_json([{"device": d.name, **_plain(d.state), "card": _plain(d.card)} for d in found])
+        print_json([{"device": d.name, **plain(d.state), "card": plain(d.card)} for d in found])
         return 0
     table = Table("device", "online", "teacher", "runtime", "taps", "students")
     for device in found:
@@ -328,48 +280,6 @@ def _devices(options: argparse.Namespace) -> int:
     return 0
 
 
-def _export_teacher(options: argparse.Namespace) -> int:
-    from export.teacher import export_teacher
-
-    bundle = export_teacher(options.manifest, options.out, private_key_at(options.signing_key))
-    report = msgspec.json.decode(bundle.file("report.json"))
-    if options.json:
-        _print_json({"bundle": str(options.out), "sha256": bundle.digest, "report": report})
-    else:
-        stdout.print(
-            f"{options.out}: {report['parameters']:,} parameters, signed by {bundle.signed_by}; "
-            f"saliency within {report['saliency_error']:.1g} of torch in float64"
-        )
-    return 0
-
-
-def _export_student(options: argparse.Namespace) -> int:
-    from coordinator.data import read_labelled, read_unlabelled
-    from coordinator.packaging import next_version, package_student
-    from coordinator.student import load_student
-    from edge_teacher.files import write_atomically
-
-    packaged = package_student(
-        load_student(options.student),
-        check_name(options.task),
-        options.student_version or next_version(),
-        read_unlabelled(options.calibration),
-        read_labelled(options.holdout) if options.holdout else None,
-        private_key_at(options.signing_key),
-        largest_drop=options.largest_drop,
-    )
-    write_atomically(options.out, packaged.bundle)
-    if options.json:
-        _print_json({"bundle": str(options.out), "report": _plain(packaged.report)})
-        return 0
-    table = Table("graph", "bytes", "accuracy", "agrees with FP32")
-    for name, file in packaged.report.files.items():
-        table.add_row(name, f"{file.bytes:,}", _percent(file.accuracy), _percent(file.agreement))
-    stdout.print(table)
-    stdout.print(f"{options.out}: version {packaged.card.version} of {packaged.card.task}")
-    return 0
-
-
 def _deploy(options: argparse.Namespace) -> int:
     from coordinator.connection import connect
     from coordinator.rollout import roll_out
@@ -385,7 +295,7 @@ def _deploy(options: argparse.Namespace) -> int:
         connection.fleet.wait(names=wanted)
         done = roll_out(connection.caller, wanted, bundle.card, options.bundle.read_bytes())
     if options.json:
-        _print_json({device: _plain(status) for device, status in done.items()})
+        print_json({device: plain(status) for device, status in done.items()})
         return 0
     table = Table("device", "active version", "file", "canary agrees", "ms per image")
     for device, status in sorted(done.items()):
@@ -393,7 +303,7 @@ def _deploy(options: argparse.Namespace) -> int:
             device,
             str(status.active_version),
             status.runtime_file,
-            _percent(status.canary_agreement),
+            percent(status.canary_agreement),
             f"{status.canary_ms_per_image or 0:.2f}",
         )
     stdout.print(table)
@@ -425,7 +335,7 @@ def _predict(options: argparse.Namespace) -> int:
                 }
             )
     if options.json:
-        _print_json(rows)
+        print_json(rows)
         return 0
     table = Table("picture", "class", "probability", "student version")
     for row in rows:
@@ -490,35 +400,23 @@ def _finish(report: Any, folder: Path, options: argparse.Namespace) -> None:
     link.symlink_to(folder.relative_to(options.runs), target_is_directory=True)
     link.replace(options.runs / "latest")
     if options.json:
-        _print_json(_plain(report))
+        print_json(plain(report))
         return
     accuracy = report.accuracy
     table = Table("on the test set", "accuracy")
-    table.add_row("from scratch, same labels", _percent(accuracy.scratch))
-    table.add_row("FedSA student, FP32", _percent(accuracy.fedsa_fp32))
-    table.add_row("FedSA student, INT8", _percent(accuracy.fedsa_int8))
+    table.add_row("from scratch, same labels", percent(accuracy.scratch))
+    table.add_row("FedSA student, FP32", percent(accuracy.fedsa_fp32))
+    table.add_row("FedSA student, INT8", percent(accuracy.fedsa_int8))
     if accuracy.deployed:
         answers = sorted(accuracy.deployed.values())
-        spread = _percent(answers[0])
+        spread = percent(answers[0])
         if answers[0] != answers[-1]:
-            spread += f" to {_percent(answers[-1])}"
+            spread += f" to {percent(answers[-1])}"
         table.add_row(f"INT8, as {len(answers)} devices answer", spread)
     stdout.print(table)
     chosen = [f"{t.id} ({t.weight:.2f})" for t in report.teachers if t.selected]
     stdout.print(f"Selected of {len(report.teachers)} teachers: {', '.join(chosen)}")
     stdout.print(f"{report.seconds['total']:.0f} s; report: {folder / 'report.html'}")
-
-
-def _percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{100 * fraction:.1f} %"
-
-
-def _plain(struct: Any) -> Any:
-    return msgspec.to_builtins(struct)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
 
 
 if __name__ == "__main__":

@@ -123,6 +123,23 @@ def read_picture(path: Path) -> Images:
     return _decode_one(path.parent, name, content)
 
 
+def read_photographs(path: Path, size: tuple[int, int], most: int) -> Images:
+    """At most `most` of the images at `path`, evenly spread, each brought to `size` (H, W).
+
+    Raises UsageError.
+    """
+    if path.suffix == ".npz":
+        every = list(_npz_images(path, _npz_arrays(path)))
+    else:
+        files = list(_image_files(path))
+        chosen = np.linspace(0, len(files) - 1, min(most, len(files))).astype(int)
+        every = [_decode_one(path, *files[i]) for i in chosen]
+    chosen = np.linspace(0, len(every) - 1, min(most, len(every))).astype(int)
+    height, width = size
+    pictures = [Image.fromarray(every[i]).resize((width, height)) for i in chosen]
+    return np.stack([np.asarray(picture, np.uint8) for picture in pictures])
+
+
 def _require_size(images: Images, path: Path, probe_images: Images, probe: Path) -> None:
     if images.shape[1:] != probe_images.shape[1:]:
         raise UsageError(

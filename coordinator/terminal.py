@@ -1,9 +1,15 @@
-"""What people see while they wait: rich progress bars on stderr, plain lines where it is no terminal."""
+"""What people see: results on stdout, as tables or as JSON; on stderr progress bars while they wait.
+
+Where stderr is no terminal, the bars are plain lines.
+"""
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
+from typing import Any
 
+import msgspec
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -16,6 +22,20 @@ from rich.progress import (
 
 # No markup: what devices and files are called comes from elsewhere and may look like it.
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+stdout = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def plain(struct: Any) -> Any:
+    """A struct as what JSON knows."""
+    return msgspec.to_builtins(struct)
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
 
 
 class TerminalProgress:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from export.checks.teacher import count_parameters
 from export.checks.tensorrt import TensorRtVerdict, check_tensorrt, installed_tensorrt
 from export.graph import (
     InputSpec,
@@ -105,9 +106,7 @@ def inspect(path: Path, spec: InputSpec | None = None) -> Inspection:
         inputs=tuple(_info(info) for info in model.graph.input if info.name == network.input_name),
         outputs=tuple(_info(info) for info in model.graph.output),
         assumed=spec,
-        parameters=sum(
-            int(np.prod(tensor.dims)) for tensor in model.graph.initializer if len(tensor.dims)
-        ),
+        parameters=count_parameters(model),
         macs=count_macs(network),
         logits=logits,
         logits_shape=tuple(d.size for d in network.value(logits).shape[1:]) if logits else None,
@@ -279,7 +278,7 @@ def _command(path: Path, spec: InputSpec, tap: str | None, taps: tuple[TapCandid
         parts.append(f"--channels {spec.channels}")
     if tap is None:
         parts.append("--kind eigencam")
-    return " ".join(parts)
+    return " ".join([*parts, "--signing-key owner.key", f"--out {path.stem}.fedsa"])
 
 
 def render(found: Inspection) -> str:

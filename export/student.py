@@ -143,7 +143,7 @@ def _to_onnx(module: nn.Module, given: InputSpec, classes: int) -> onnx.ModelPro
                 f"the student answers {count} images with a tensor of shape {shape}, which is not "
                 f"({count}, {classes}): give one class name per logit and a module ending in logits"
             )
-    model = torch_to_onnx(module, given.size, ["logits"])
+    model = torch_to_onnx(module, (3, *given.size), ["logits"])
     _strip_traces(model)
     return model
 

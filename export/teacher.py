@@ -1,8 +1,9 @@
 """An owner's network to a signed teacher bundle.
 
-network in torch ──torch.onnx──▶ ONNX with its taps named ──export.graph──▶ images -> features, saliency
-                                                                  │
-                                 float64 in torch ──checks──▶ report.json ──▶ signed .fedsa
+torch module ──torch.onnx──▶ ONNX with its taps named ─┐
+                                                       ├─export.graph──▶ images -> features, saliency
+ONNX file ─────────────────────────────────────────────┘                       │
+                                          float64 ──export.checks──▶ report.json ──▶ signed .fedsa
 """
 
 from __future__ import annotations
@@ -11,106 +12,86 @@ import importlib.util
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import numpy as np
 import onnx
-import tomllib
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from msgspec import Meta
+from numpy.typing import NDArray
 from torch import nn
 
 from edge_teacher import bundle as bundles
 from edge_teacher.bundle import Bundle, TeacherCard
-from edge_teacher.contract.errors import CheckFailed, UsageError
+from edge_teacher.contract.errors import UsageError
+from edge_teacher.contract.images import check_images
 from edge_teacher.contract.messages import TapInfo, TeacherInfo
-from edge_teacher.runtime import OnnxRuntimeSession
-from export.checks.torch_teacher import TorchTeacher
-from export.graph import InputSpec, build_teacher_graph
+from export.checks.teacher import check_teacher
+from export.graph import build_teacher_graph
+from export.graph.network import session
+from export.inspect import load
+from export.manifest import Manifest
 from export.torch_to_onnx import torch_to_onnx
 
 GRAPH = "teacher.onnx"
 LOGITS = "logits"
-TOLERANCE = 1e-4
-"""Largest deviation of any image's features or saliency from torch in float64, relative to that image's
-largest value. The graph itself computes in float32."""
+CHECKED_IMAGES = 8
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an owner says about a network: one TOML file."""
+@dataclass(frozen=True)
+class Source:
+    """The owner's network as ONNX, with the tensors its taps are."""
 
-    name: str
-    module: str
-    """`file.py:function`, relative to the manifest; the function returns the torch module."""
-    weights: str
-    """State dict of the module, relative to the manifest."""
-    input: InputSpec
-    taps: Annotated[dict[str, str], Meta(min_length=1)]
-    """Tap name to the dotted name of the submodule whose output it is."""
-    arguments: dict[str, Any] = {}
-    """Keyword arguments of the function."""
-    saliency_tap: str = ""
-    """Default: the last of `taps`."""
-    publish_logits: bool = False
-    version: Annotated[int, Meta(ge=1)] = 1
-
-    @property
-    def saliency_at(self) -> str:
-        return self.saliency_tap or list(self.taps)[-1]
+    model: onnx.ModelProto
+    tensors: Mapping[str, str]
+    module: nn.Module | None = None
+    """The torch module it was exported from, to be held against."""
 
 
-class TeacherReport(msgspec.Struct, frozen=True):
-    """What was checked at export; travels in the bundle as report.json."""
+def export_teacher(
+    manifest: Manifest,
+    folder: Path,
+    out: Path,
+    key: Ed25519PrivateKey,
+    photographs: NDArray[np.uint8] | None = None,
+) -> Bundle:
+    """Build, check, sign and write the bundle a manifest describes; its paths are relative to `folder`.
 
-    parameters: int
-    checked_images: int
-    feature_error: float
-    """Largest relative deviation of the features from torch in float64, over the checked images."""
-    saliency_error: float
-    software: dict[str, str]
-
-
-def read_manifest(path: Path) -> Manifest:
-    """Raises UsageError for a file that is missing, no TOML, or has unknown or wrong keys."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-        manifest = msgspec.convert(values, Manifest)
-    except OSError as error:
-        raise UsageError(f"the manifest {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
-        raise UsageError(f"the manifest {path} cannot be used: {error}") from error
-    if manifest.saliency_at not in manifest.taps:
-        raise UsageError(
-            f"{path}: the saliency tap {manifest.saliency_tap!r} is none of the taps "
-            f"{', '.join(manifest.taps)}"
-        )
-    return manifest
-
-
-def export_teacher(manifest_path: Path, out: Path, key: Ed25519PrivateKey) -> Bundle:
-    """Build, check against torch in float64, sign and write the bundle a manifest describes.
-
-    Raises UsageError for a manifest, module or weights that cannot be used, UnsupportedNetwork for a
-    network the compiler refuses, CheckFailed if the graph does not compute what torch does.
+    `photographs`, uint8[N, H, W, 3], are what the checks are made on; without them, generated images. Raises
+    UsageError for a network that cannot be loaded, UnsupportedNetwork for one the compiler refuses,
+    CheckFailed if the graph does not compute what the network does.
     """
-    manifest = read_manifest(manifest_path)
-    module = load_module(manifest, manifest_path.parent)
-    graph = teacher_graph(module, manifest)
-    session = OnnxRuntimeSession(graph.SerializeToString(), threads=1, name=GRAPH)
-    images = check_images(manifest.input.size)
-    found = session.run(images, session.outputs)
-    report = check(module, manifest, images, found)
+    source = load_source(manifest, folder)
+    graph = teacher_graph(source, manifest)
+    if photographs is None:
+        images = generated_images(manifest.input.size)
+    else:
+        images = check_images(photographs)[:CHECKED_IMAGES]
+    report = check_teacher(
+        graph,
+        source.model,
+        manifest,
+        source.tensors,
+        images,
+        photographs=photographs is not None,
+        module=source.module,
+    )
+    names = ["saliency", *(f"features.{name}" for name in manifest.taps)]
+    saliency, *features = session(graph).run(names, {"images": images[:1]})
     info = TeacherInfo(
         name=manifest.name,
         version=manifest.version,
         input_size=manifest.input.size,
-        taps={name: TapInfo(*found[f"features.{name}"].shape[1:]) for name in manifest.taps},
+        taps={
+            name: TapInfo(*found.shape[1:])
+            for name, found in zip(manifest.taps, features, strict=True)
+        },
         saliency_tap=manifest.saliency_at,
-        saliency_size=_pair(found["saliency"].shape[1:]),
-        saliency_kind="gradcam",
+        saliency_size=(saliency.shape[1], saliency.shape[2]),
+        saliency_kind=manifest.kind,
         gives_logits=manifest.publish_logits,
     )
     files = {
@@ -118,6 +99,33 @@ def export_teacher(manifest_path: Path, out: Path, key: Ed25519PrivateKey) -> Bu
         "report.json": msgspec.json.format(msgspec.json.encode(report), indent=1),
     }
     return bundles.write(out, TeacherCard(teacher=info, graph=GRAPH), files, key)
+
+
+def load_source(manifest: Manifest, folder: Path) -> Source:
+    """The network of a manifest. Raises UsageError if it cannot be loaded, CheckFailed if not exported."""
+    if manifest.onnx:
+        return Source(load(folder / manifest.onnx), manifest.taps)
+    module = load_module(manifest, folder)
+    _require_tensors(module, manifest)
+    model = torch_to_onnx(
+        _Tapped(module, manifest.taps), manifest.input.shape, [LOGITS, *manifest.taps]
+    )
+    return Source(model, {name: name for name in manifest.taps}, module)
+
+
+def teacher_graph(source: Source, manifest: Manifest) -> onnx.ModelProto:
+    """images uint8[N, H, W, 3] -> features.<tap>, saliency[, logits]; opset 18, any N, H, W."""
+    return build_teacher_graph(
+        source.model,
+        manifest.input,
+        taps=source.tensors,
+        saliency_tap=manifest.saliency_at,
+        logits=manifest.logits or (LOGITS if source.module is not None else None),
+        publish_logits=manifest.publish_logits,
+        kind=manifest.kind,
+        target=manifest.target,
+        layout=manifest.layout,
+    )
 
 
 def load_module(manifest: Manifest, folder: Path) -> nn.Module:
@@ -147,22 +155,7 @@ def load_module(manifest: Manifest, folder: Path) -> nn.Module:
     return module.eval()
 
 
-def teacher_graph(module: nn.Module, manifest: Manifest) -> onnx.ModelProto:
-    """images uint8[N, H, W, 3] -> features.<tap>, saliency[, logits]; opset 18, any N, H, W."""
-    network = torch_to_onnx(
-        _Tapped(module, manifest.taps), manifest.input.size, [LOGITS, *manifest.taps]
-    )
-    return build_teacher_graph(
-        network,
-        manifest.input,
-        taps={name: name for name in manifest.taps},
-        saliency_tap=manifest.saliency_at,
-        logits=LOGITS,
-        publish_logits=manifest.publish_logits,
-    )
-
-
-def check_images(size: tuple[int, int], count: int = 8) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def generated_images(size: tuple[int, int], count: int = CHECKED_IMAGES) -> NDArray[np.uint8]:
     """Smooth random images, a little larger than the network's input so that the resizing is checked too."""
     generator = torch.Generator().manual_seed(0)
     height, width = (math.ceil(side * 1.25) for side in size)
@@ -171,35 +164,6 @@ def check_images(size: tuple[int, int], count: int = 8) -> np.ndarray[Any, np.dt
     noisy = smooth + 0.05 * torch.randn(smooth.shape, generator=generator)
     pixels = noisy.clamp(0, 1).mul(255).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def check(
-    module: nn.Module,
-    manifest: Manifest,
-    images: np.ndarray[Any, np.dtype[np.uint8]],
-    found: Mapping[str, np.ndarray[Any, np.dtype[np.float32]]],
-) -> TeacherReport:
-    """Compare the graph's outputs with torch in float64. Raises CheckFailed beyond TOLERANCE."""
-    reference = TorchTeacher(module, manifest.input, manifest.taps, manifest.saliency_at)
-    expected = reference.answer(images)
-    errors = {}
-    for name, want in expected.items():
-        axes = tuple(range(1, want.ndim))
-        scale = np.maximum(np.abs(want).max(axis=axes), 1e-12)
-        errors[name] = float((np.abs(found[name] - want).max(axis=axes) / scale).max())
-    worst = max(errors, key=lambda name: errors[name])
-    if not errors[worst] <= TOLERANCE:
-        raise CheckFailed(
-            f"the graph of {manifest.name!r} deviates from torch by {errors[worst]:.2g} in {worst} "
-            f"(allowed {TOLERANCE:g}); this network must not be served"
-        )
-    return TeacherReport(
-        parameters=sum(p.numel() for p in module.parameters()),
-        checked_images=len(images),
-        feature_error=max(v for name, v in errors.items() if name != "saliency"),
-        saliency_error=errors["saliency"],
-        software={"torch": str(torch.__version__), "onnx": onnx.__version__},
-    )
 
 
 class _Tapped(nn.Module):
@@ -235,6 +199,30 @@ def submodule(module: nn.Module, path: str) -> nn.Module:
         raise UsageError(f"the network has no part {path!r} to tap; it has {known}") from error
 
 
-def _pair(shape: tuple[int, ...]) -> tuple[int, int]:
-    height, width = shape
-    return height, width
+def _require_tensors(module: nn.Module, manifest: Manifest) -> None:
+    """Raises UsageError if the network or a tapped part gives anything but one tensor, or does not run."""
+    given: dict[str, object] = {}
+    hooks = [
+        submodule(module, path).register_forward_hook(
+            lambda _m, _i, output, name=name: given.__setitem__(f"tap {name!r}", output)
+        )
+        for name, path in manifest.taps.items()
+    ]
+    try:
+        with torch.no_grad():
+            given["the network"] = module(torch.zeros(2, *manifest.input.shape))
+    except Exception as error:
+        # The owner's code may raise anything.
+        raise UsageError(
+            f"the network of {manifest.name!r} does not run on float32{[2, *manifest.input.shape]}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for what, output in given.items():
+        if not isinstance(output, torch.Tensor):
+            raise UsageError(
+                f"{what} of {manifest.name!r} gives {type(output).__name__}, no tensor: wrap it in a "
+                "module that returns the one tensor that is meant"
+            )

@@ -18,10 +18,10 @@ OPSET = 18
 
 
 def torch_to_onnx(
-    module: nn.Module, size: tuple[int, int], outputs: Sequence[str], *, channels: int = 3
+    module: nn.Module, shape: tuple[int, int, int], outputs: Sequence[str]
 ) -> onnx.ModelProto:
-    """Export `module` taking float32[N, channels, *size]. Raises CheckFailed with torch's own reason."""
-    example = torch.zeros(2, channels, *size)
+    """Export `module` taking float32[N, *shape]. Raises CheckFailed with torch's own reason."""
+    example = torch.zeros(2, *shape)
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import nn
 
+from edge_teacher.bundle import Bundle
 from edge_teacher.keys import private_key_at
+from export.manifest import read_manifest
 from export.teacher import export_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,12 +66,17 @@ def write_manifest(folder: Path, name: str, *, width: int = 8, size: int = 32) -
     return path
 
 
+def export_at(manifest: Path, out: Path, key: Ed25519PrivateKey) -> Bundle:
+    """The bundle of the manifest in a file."""
+    return export_teacher(read_manifest(manifest), manifest.parent, out, key)
+
+
 def three_teachers(folder: Path) -> Path:
     """An examples folder: three teachers of different widths and input sizes, and the real data."""
     teachers = folder / "examples" / "teachers"
     key = private_key_at(teachers / "owner.key")
     for name, width, size in (("a", 8, 32), ("b", 12, 24), ("c", 16, 40)):
         manifest = write_manifest(folder / "sources", name, width=width, size=size)
-        export_teacher(manifest, teachers / f"teacher-{name}.fedsa", key)
+        export_at(manifest, teachers / f"teacher-{name}.fedsa", key)
     (folder / "examples" / "data").symlink_to(ROOT / "examples" / "data")
     return folder / "examples"

@@ -139,9 +139,9 @@ def check_batches(teacher: onnx.ModelProto, images: NDArray[np.uint8]) -> BatchR
     return BatchReport(BATCHES, worst, flat, vary)
 
 
-def require(derivative: DerivativeReport, batches: BatchReport) -> None:
+def require(derivative: DerivativeReport | None, batches: BatchReport) -> None:
     """Raises CheckFailed with a sentence if a teacher with these reports must not be shipped."""
-    if not derivative.passed:
+    if derivative is not None and not derivative.passed:
         raise CheckFailed(
             f"the gradient differs from {derivative.judge} by {derivative.gradient_error:.1e} (relative, "
             f"worst of {derivative.images} images); please report the network's operators"

@@ -13,7 +13,15 @@ from export.graph.gradient import gradients
 from export.graph.network import Network, prune
 from export.graph.opset import IR_VERSION, TARGET
 from export.graph.prepare import prepare
-from export.graph.saliency import Kind, MapLayout, eigen_cam, grad_cam, infer_layout, of_input
+from export.graph.saliency import (
+    Kind,
+    MapLayout,
+    eigen_cam,
+    feature_map,
+    grad_cam,
+    infer_layout,
+    of_input,
+)
 from export.graph.shapes import Shape
 from export.graph.target import Target, find_logits, seed
 from export.graph.wrap import InputSpec, images_info, preprocess
@@ -38,8 +46,9 @@ def build_teacher_graph(
     `logits` names the class scores (default: found, see `find_logits`), `target` the scalar that is explained,
     `layout` where the saliency tap has channels and pixels (default: inferred, see `infer_layout`).
 
-    Outputs: `features.<tap>` as the network computes them; `saliency: float32[N, h, w]` in [0, 1] at the
-    resolution of the tap (of the network's input for the gradient kinds); `logits` only if `publish_logits`.
+    Outputs: `features.<tap>: [N, C, h, w]`, tokens and channels-last maps transposed to it; `saliency:
+    float32[N, h, w]` in [0, 1] at the resolution of the tap (of the network's input for the gradient kinds);
+    `logits` only if `publish_logits`.
 
     Raises UnsupportedNetwork, and UnsupportedOperator where a derivative is needed through a node without a
     rule.
@@ -56,7 +65,12 @@ def build_teacher_graph(
         else network.input_name
     )
     saliency = _saliency(network, ops, kind, tapped, scores, target or Target(), layout, spec)
-    published = {f"features.{name}": network.value(tensor) for name, tensor in taps.items()}
+    published = {}
+    for name, tensor in taps.items():
+        value = network.value(tensor)
+        given = layout if tensor == tapped else None
+        where = given or infer_layout(value.shape, tensor, spec.size)
+        published[f"features.{name}"] = feature_map(ops, value, where)
     published["saliency"] = saliency
     if publish_logits and scores:
         published["logits"] = network.value(scores)

@@ -108,6 +108,16 @@ def of_input(ops: Ops, x: Value, gradient: Value, kind: Kind, channel_axis: int)
     return _finish(ops, flat, (size[0], size[1]))
 
 
+def feature_map(ops: Ops, tap: Value, layout: MapLayout) -> Value:
+    """The tap as [N, C, h, w], whatever its own layout: every teacher looks the same from outside."""
+    if layout.axes == "NCHW":
+        return tap
+    if layout.axes == "NHWC":
+        return ops.transpose(tap, [0, 3, 1, 2])
+    rows = ops.swap_last(_pixels(ops, tap, layout))  # [N, C, P]
+    return ops.reshape(rows, (*rows.shape[:2], Dim(layout.size[0]), Dim(layout.size[1])))
+
+
 def _pixels(ops: Ops, x: Value, layout: MapLayout) -> Value:
     """[N, C, P] or [N, P, C]: one axis for all pixels; an under-broadcast pair of axes stays one of size 1."""
     if layout.axes == "NTC":
