@@ -24,6 +24,7 @@ from coordinator.packaging import PackagedStudent, next_version, package_student
 from coordinator.parallel import in_parallel
 from coordinator.progress import Progress
 from coordinator.report import (
+    TOTAL,
     Accuracy,
     CurvePoint,
     Pictures,
@@ -134,7 +135,7 @@ def run_task(
                 device: {m: Traffic(sent=b.sent, received=b.received) for m, b in methods.items()}
                 for device, methods in sorted(connection.caller.wire.items())
             },
-            seconds={**timings.seconds, "total": round(total, 2)},
+            seconds={**timings.seconds, TOTAL: round(total, 2)},
             config=msgspec.to_builtins(run.config),
             software={
                 "python": platform.python_version(),

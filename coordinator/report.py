@@ -20,6 +20,7 @@ from export.student_report import StudentReport
 
 JSON = "report.json"
 HTML = "report.html"
+TOTAL = "total"  # among the seconds: the whole run
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,7 +111,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         curves: by network (`scratch`, `fedsa`).
         student: what its export measured; None where nothing was exported.
         bytes_on_wire: device id to method to traffic.
-        seconds: by stage, in the order in which they ran.
+        seconds: by stage, in the order in which they ran; `total` is the whole run.
         config: the configuration as it took effect, section to key to value.
         software: version by package.
     """

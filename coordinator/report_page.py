@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from coordinator.report import Pictures, Report, Traffic
+from coordinator.report import TOTAL, Pictures, Report, Traffic
 from coordinator.report_charts import Chart, learning_curves
 from coordinator.report_pictures import describe, heat_uri, legend_uri, photograph_uri
 
@@ -66,6 +66,7 @@ def render(report: Report, pictures: Pictures | None) -> str:
         "value": value,
         "moment": moment,
     }
+    stages = {stage: taken for stage, taken in report.seconds.items() if stage != TOTAL}
     page: str = environment.get_template("report.html.j2").render(
         report=report,
         headline=headline(report),
@@ -80,6 +81,9 @@ def render(report: Report, pictures: Pictures | None) -> str:
         totals={device: total(by_method) for device, by_method in report.bytes_on_wire.items()},
         settings=settings(report.config),
         score_bars=score_bars(report),
+        stages=stages,
+        # Some stages overlap and some time lies between them: the whole is measured, not summed.
+        whole=report.seconds.get(TOTAL, sum(stages.values())),
     )
     return page
 

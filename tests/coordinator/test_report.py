@@ -113,7 +113,7 @@ def a_report(**changes: object) -> Report:
             },
             "teacher-1": {"saliency": Traffic(sent=2100, received=512_000)},
         },
-        seconds={"scratch": 14.2, "ask": 83.4},
+        seconds={"scratch": 14.2, "ask": 83.4, "total": 95.0},
         config={"seed": 3, "selection": {"k": 1, "adaptive": True}, "data": {"test": ""}},
         software={"torch": "2.13.0"},
     )
@@ -198,7 +198,7 @@ def test_json_has_what_programs_read(tmp_path: Path) -> None:
     assert document["bytes_on_wire"]["teacher-1"] == {
         "saliency": {"sent": 2100, "received": 512000}
     }
-    assert document["seconds"] == {"scratch": 14.2, "ask": 83.4}
+    assert document["seconds"] == {"scratch": 14.2, "ask": 83.4, "total": 95.0}
     assert read_report(tmp_path) == a_report()
 
 
@@ -234,6 +234,8 @@ def test_page_says_the_result_and_every_number(html: str) -> None:
         "not checked: TensorRT is not installed",
         "1.7 MB",
         "1 min 23 s",
+        "1 min 35 s",  # the whole run, not the sum
+        "2 stages",
         "selection.adaptive",
         "seed 3, broker mosquitto 2.0.11",
         "2026-11-22 11:30 UTC",
