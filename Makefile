@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test lint clean
 help:
-	@echo "make demo   eight teachers on agents teach a student (about 3 minutes); see runs/latest/report.html"
+	@echo "make demo   eight teachers on agents teach a student (under 3 minutes); see runs/latest/report.html"
 	@echo "make test   the tests"
 	@echo "make lint   ruff, mypy, import-linter"
 	@echo "make clean  remove the virtual environment and caches"

