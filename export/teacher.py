@@ -47,6 +47,8 @@ class Source:
 
     model: onnx.ModelProto
     tensors: Mapping[str, str]
+    logits: str | None
+    """None: to be found."""
     module: nn.Module | None = None
     """The torch module it was exported from, to be held against."""
 
@@ -76,6 +78,7 @@ def export_teacher(
         manifest,
         source.tensors,
         images,
+        logits=source.logits,
         photographs=photographs is not None,
         module=source.module,
     )
@@ -104,13 +107,17 @@ def export_teacher(
 def load_source(manifest: Manifest, folder: Path) -> Source:
     """The network of a manifest. Raises UsageError if it cannot be loaded, CheckFailed if not exported."""
     if manifest.onnx:
-        return Source(load(folder / manifest.onnx), manifest.taps)
-    module = load_module(manifest, folder)
+        return Source(load(folder / manifest.onnx), manifest.taps, manifest.logits or None)
+    return source_of(load_module(manifest, folder), manifest)
+
+
+def source_of(module: nn.Module, manifest: Manifest) -> Source:
+    """A torch module with the taps of its manifest. Raises UsageError, and CheckFailed if not exported."""
     _require_tensors(module, manifest)
     model = torch_to_onnx(
         _Tapped(module, manifest.taps), manifest.input.shape, [LOGITS, *manifest.taps]
     )
-    return Source(model, {name: name for name in manifest.taps}, module)
+    return Source(model, {name: name for name in manifest.taps}, LOGITS, module)
 
 
 def teacher_graph(source: Source, manifest: Manifest) -> onnx.ModelProto:
@@ -120,7 +127,7 @@ def teacher_graph(source: Source, manifest: Manifest) -> onnx.ModelProto:
         manifest.input,
         taps=source.tensors,
         saliency_tap=manifest.saliency_at,
-        logits=manifest.logits or (LOGITS if source.module is not None else None),
+        logits=source.logits,
         publish_logits=manifest.publish_logits,
         kind=manifest.kind,
         target=manifest.target,

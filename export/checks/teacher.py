@@ -62,13 +62,15 @@ def check_teacher(
     tensors: Mapping[str, str],
     images: NDArray[np.uint8],
     *,
+    logits: str | None,
     photographs: bool,
     module: nn.Module | None = None,
 ) -> TeacherReport:
     """Hold the teacher `graph` against the `network` it was made of, and against `module` if there is one.
 
-    tensors: {tap: tensor of `network`}; images uint8[N, H, W, 3]. Raises CheckFailed if the graph must not be
-    served: wrong features, maps or derivative, maps that depend on the batch or are all the same.
+    tensors: {tap: tensor of `network`}; logits: its class scores (None: found); images uint8[N, H, W, 3].
+    Raises CheckFailed if the graph must not be served: wrong features, maps or derivative, maps that depend on
+    the batch or are all the same.
     """
     warnings = []
     derivative = None
@@ -78,7 +80,7 @@ def check_teacher(
             manifest.input,
             images,
             wrt=tensors[manifest.saliency_at] if manifest.kind == "gradcam" else None,
-            logits=manifest.logits or None,
+            logits=logits,
             target=manifest.target,
         )
         if derivative.judge != "float64 autograd":
@@ -86,7 +88,7 @@ def check_teacher(
                 "the float64 judge lacks an operator of this network, so its derivative was judged by "
                 "directional differences, which are coarser"
             )
-    errors = _errors(graph, network, manifest, tensors, images, module)
+    errors = _errors(graph, network, manifest, tensors, logits, images, module)
     batches = check_batches(graph, images)
     require(derivative, batches)
     if batches.flat_maps:
@@ -132,6 +134,7 @@ def _errors(
     network: onnx.ModelProto,
     manifest: Manifest,
     tensors: Mapping[str, str],
+    logits: str | None,
     images: NDArray[np.uint8],
     module: nn.Module | None,
 ) -> dict[str, float]:
@@ -140,10 +143,10 @@ def _errors(
     if module is not None:
         answers = OfModule(module, manifest.taps)
     else:
-        measured, logits = network_and_logits(
-            network, manifest.input, list(tensors.values()), manifest.logits or None
+        measured, scores = network_and_logits(
+            network, manifest.input, list(tensors.values()), logits
         )
-        answers = OfNetwork(measured, logits, tensors)
+        answers = OfNetwork(measured, scores, tensors)
     try:
         wanted = expected(
             answers,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -15,9 +16,11 @@ from edge_teacher.keys import private_key_at
 from edge_teacher.runtime import OnnxRuntimeSession
 from export.checks.reference import OfModule, expected
 from export.checks.teacher import TOLERANCE, TeacherReport, check_teacher
+from export.graph import InputSpec
 from export.manifest import Manifest, read_manifest
-from export.teacher import generated_images, load_module, load_source, teacher_graph
+from export.teacher import generated_images, load_module, load_source, source_of, teacher_graph
 from tests.examples import export_at, write_manifest
+from tests.export.graph.zoo import SIZE, make
 
 
 def judged(manifest: Manifest, module: nn.Module, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -83,7 +86,14 @@ def test_a_graph_that_is_not_the_network_is_refused(tmp_path: Path) -> None:
 
     def check(module: nn.Module) -> TeacherReport:
         return check_teacher(
-            graph, source.model, manifest, source.tensors, images, photographs=False, module=module
+            graph,
+            source.model,
+            manifest,
+            source.tensors,
+            images,
+            logits=source.logits,
+            photographs=False,
+            module=module,
         )
 
     report = check(load_module(manifest, tmp_path))
@@ -95,6 +105,59 @@ def test_a_graph_that_is_not_the_network_is_refused(tmp_path: Path) -> None:
             next(other.parameters()).mul_(change)
         with pytest.raises(CheckFailed, match="deviates from float64"):
             check(other)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "unet", "fpn"])
+def test_tokens_dense_heads_and_channels_last_look_like_any_other_teacher(name: str) -> None:
+    manifest = Manifest(
+        name=name,
+        input=InputSpec(size=SIZE, mean=(0.5,), std=(0.25,)),
+        taps={"last": "tap"},
+        module="zoo.py:net",
+        weights="zoo.pt",
+    )
+    source = source_of(make(name, trained=True), manifest)
+    graph = teacher_graph(source, manifest)
+    report = check_teacher(
+        graph,
+        source.model,
+        manifest,
+        source.tensors,
+        generated_images(SIZE),
+        logits=source.logits,
+        photographs=False,
+        module=source.module,
+    )
+    assert report.derivative is not None
+    assert report.derivative.passed
+    assert report.feature_error is not None
+    features, saliency = (
+        tuple(d.dim_value for d in out.type.tensor_type.shape.dim[1:]) for out in graph.graph.output
+    )
+    assert features[1:] == saliency
+
+
+def test_a_part_that_gives_no_tensor_is_said(tmp_path: Path) -> None:
+    class Pair(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x, x
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair = Pair()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.pair(x)[0].mean((2, 3))
+
+    manifest = read_manifest(write_manifest(tmp_path, "a"))
+    manifest = msgspec.structs.replace(manifest, taps={"last": "pair"})
+    with pytest.raises(UsageError, match="tap 'last' of 'teacher-a' gives tuple, no tensor"):
+        source_of(Net().eval(), manifest)
+    with pytest.raises(UsageError, match="does not run on float32"):
+        source_of(
+            nn.Sequential(nn.Linear(7, 5)), msgspec.structs.replace(manifest, taps={"l": "0"})
+        )
 
 
 @pytest.mark.parametrize(
