@@ -104,7 +104,7 @@ def _slice(a: Attributes, x: Inputs) -> Tensor:
 def _gather(a: Attributes, x: Inputs) -> Tensor:
     axis = a.get("axis", 0) % x[0].dim()
     flat = x[0].index_select(axis, x[1].reshape(-1) % x[0].shape[axis])
-    return flat.reshape(*x[0].shape[:axis], *x[1].shape, *x[0].shape[axis + 1 :])
+    return flat.reshape([*x[0].shape[:axis], *x[1].shape, *x[0].shape[axis + 1 :]])
 
 
 @operator("Pad")
