@@ -19,6 +19,7 @@ from export.checks.autograd import evaluate
 from export.checks.parity import network_input
 from export.checks.torch_operators import given, windows_of
 from export.graph import InputSpec
+from export.graph.emit import FLOATS
 from export.graph.network import Network
 
 DISTANCE = 2e-6
@@ -36,7 +37,12 @@ _SMOOTH = {
 
 def distances(network: Network, x: Tensor) -> np.ndarray:
     """For every image the smallest distance of any activation from a kink, [N]; infinite without kinks."""
-    kinked = [node for node in network.nodes if node.op_type not in _SMOOTH]
+    floating = {name for name, value in network.values.items() if value.dtype in FLOATS}
+    kinked = [
+        node
+        for node in network.nodes
+        if node.op_type not in _SMOOTH and floating.intersection(node.output)
+    ]
     wanted = list(dict.fromkeys(name for node in kinked for name in node.input if name))
     values = evaluate(network.model, {network.input_name: x}, wanted)
     closest = np.full(len(x), np.inf)
