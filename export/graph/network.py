@@ -142,9 +142,9 @@ def measure(model: onnx.ModelProto, input_name: str, sizes: tuple[int, ...]) -> 
     `sizes` is the input's shape without the batch. Raises UnsupportedNetwork if the model does not run.
     """
     graph = model.graph
-    _lift_constants(graph)
+    lift_constants(graph)
     info = next(info for info in graph.input if info.name == input_name)
-    dependent = _pixel_dependent(graph, input_name)
+    dependent = pixel_dependent(graph, input_name)
     two, three = observe(model, input_name, sizes, (2, 3), dependent)
 
     shape = tuple(observed((2, *sizes), (3, *sizes)) or ())
@@ -183,9 +183,7 @@ def observe(
     slice: keeping the maps of a large network themselves would take gigabytes. Sequences are left out. Raises
     UnsupportedNetwork if the model does not run.
     """
-    info = next(info for info in model.graph.input if info.name == input_name)
-    dtype = helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)
-    image = np.random.default_rng(0).uniform(0, 1, (max(batches), *sizes)).astype(dtype)
+    image = random_images(model, input_name, (max(batches), *sizes))
     try:
         runner, ask = _probe(model, dependent)
         runs = [runner.run(ask, {input_name: image[:batch]}) for batch in batches]
@@ -195,6 +193,18 @@ def observe(
             f"ONNX Runtime cannot run the network at batch {counts}: {error}"
         ) from error
     return [_observations(dict(zip(ask, results, strict=True)), dependent) for results in runs]
+
+
+def random_images(
+    model: onnx.ModelProto, input_name: str, shape: tuple[int, ...]
+) -> NDArray[np.generic]:
+    """Noise of the input's type: between 0 and 1, or all of uint8."""
+    info = next(info for info in model.graph.input if info.name == input_name)
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type))
+    generator = np.random.default_rng(0)
+    if dtype.kind == "u":
+        return generator.integers(0, 256, shape).astype(dtype)
+    return generator.uniform(0, 1, shape).astype(dtype)
 
 
 def _probe(model: onnx.ModelProto, dependent: set[str]) -> tuple[ort.InferenceSession, list[str]]:
@@ -239,7 +249,7 @@ def _type_of(array: NDArray[np.generic]) -> int:
     return int(helper.np_dtype_to_tensor_dtype(array.dtype))
 
 
-def _lift_constants(graph: onnx.GraphProto) -> None:
+def lift_constants(graph: onnx.GraphProto) -> None:
     """Constant nodes become initialisers: one kind of constant instead of two."""
     kept = []
     for node in graph.node:
@@ -264,7 +274,7 @@ def _lift_constants(graph: onnx.GraphProto) -> None:
     graph.node.extend(kept)
 
 
-def _pixel_dependent(graph: onnx.GraphProto, input_name: str) -> set[str]:
+def pixel_dependent(graph: onnx.GraphProto, input_name: str) -> set[str]:
     """Tensors that depend on the image's pixels, and not only on its shape."""
     reached = {input_name}
     for node in graph.node:

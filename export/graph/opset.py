@@ -71,9 +71,13 @@ class _Rewriter:
         self._count = 0
         self._ranks: dict[str, int] = {}
         if version < 13 and any(node.op_type in _FLATTENING for node in model.graph.node):
-            inferred = onnx.shape_inference.infer_shapes(model)
+            inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
             known = [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]
-            self._ranks = {info.name: len(info.type.tensor_type.shape.dim) for info in known}
+            self._ranks = {
+                info.name: len(info.type.tensor_type.shape.dim)
+                for info in known
+                if info.type.tensor_type.HasField("shape")
+            }
 
     def rewrite(self, graph: onnx.GraphProto) -> None:
         nodes: list[Node] = []
@@ -166,18 +170,10 @@ def _flattening_softmax(rewriter: _Rewriter, node: Node) -> list[Node]:
     if axis in (-1, last):
         node.attribute.append(helper.make_attribute("axis", -1))
         return [node]
-    if rank is None:
-        raise UnsupportedOperator(
-            node.op_type,
-            node.name,
-            "its opset-11 form flattens, and the rank of its input is unknown",
-        )
     flat, soft, shape = (rewriter.name(node, what) for what in ("flat", "soft", "shape"))
-    zeros = rewriter.integers(node, "flat_shape", [0] * (axis % rank) + [-1])
     return [
-        zeros,
         helper.make_node("Shape", [node.input[0]], [shape]),
-        helper.make_node("Reshape", [node.input[0], zeros.output[0]], [flat]),
+        helper.make_node("Flatten", [node.input[0]], [flat], axis=axis),
         helper.make_node(node.op_type, [flat], [soft], name=node.name, axis=-1),
         helper.make_node("Reshape", [soft, shape], [node.output[0]]),
     ]

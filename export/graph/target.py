@@ -17,6 +17,7 @@ from typing import Literal
 
 import msgspec
 import numpy as np
+import onnx
 
 from export.graph.emit import FLOATS, INT64, Ops, Value
 from export.graph.errors import UnsupportedNetwork
@@ -65,9 +66,28 @@ def _has_classes(value: Value) -> bool:
 
 def _before_softmax(network: Network, name: str) -> str:
     """Walk back over operators that keep the order of the classes."""
-    while (node := network.producer.get(name)) is not None and node.op_type in _KEEPS_ORDER:
-        name = node.input[0]
+    while (node := network.producer.get(name)) is not None:
+        if node.op_type in _KEEPS_ORDER:
+            name = node.input[0]
+        elif (before := _flattened_softmax(network, node)) is not None:
+            name = before
+        else:
+            break
     return name
+
+
+def _flattened_softmax(network: Network, node: onnx.NodeProto) -> str | None:
+    """The x of Reshape(Softmax(Flatten(x))) with the shape of x: a Softmax of before opset 13."""
+    if node.op_type != "Reshape" or not network.has(node.output[0]):
+        return None
+    soft = network.producer.get(node.input[0])
+    if soft is None or soft.op_type not in {"Softmax", "LogSoftmax", "Sigmoid"}:
+        return None
+    flat = network.producer.get(soft.input[0])
+    if flat is None or flat.op_type not in {"Flatten", "Reshape"} or not network.has(flat.input[0]):
+        return None
+    x = str(flat.input[0])
+    return x if network.value(x).shape == network.value(node.output[0]).shape else None
 
 
 class Form(msgspec.Struct, frozen=True):
