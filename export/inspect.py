@@ -11,14 +11,9 @@ import onnx
 from onnx import TensorProto
 
 from export.checks.tensorrt import TensorRtVerdict, check_tensorrt, installed_tensorrt
-from export.graph import (
-    InputSpec,
-    UnsupportedNetwork,
-    build_teacher_graph,
-    find_logits,
-    infer_layout,
-    prepare,
-)
+from export.graph import InputSpec, UnsupportedNetwork, find_logits, infer_layout, prepare
+from export.graph.build import teacher_of
+from export.graph.emit import FLOATS
 from export.graph.network import Network, session
 from export.graph.opset import to_opset18
 from export.graph.prepare import image_input
@@ -95,9 +90,9 @@ def inspect(path: Path, spec: InputSpec | None = None) -> Inspection:
     except UnsupportedNetwork as error:
         problem = str(error)
     taps = candidates(network, logits or outputs[0], spec)
-    suggested = None
+    suggested, teacher = None, None
     if logits:
-        suggested, problem = suggest(model, spec, taps, logits)
+        suggested, teacher, problem = suggest(network, spec, taps, logits)
     return Inspection(
         path=str(path),
         producer=f"{model.producer_name} {model.producer_version}".strip() or "unknown",
@@ -105,16 +100,14 @@ def inspect(path: Path, spec: InputSpec | None = None) -> Inspection:
         inputs=tuple(_info(info) for info in model.graph.input if info.name == network.input_name),
         outputs=tuple(_info(info) for info in model.graph.output),
         assumed=spec,
-        parameters=sum(
-            int(np.prod(tensor.dims)) for tensor in model.graph.initializer if len(tensor.dims)
-        ),
+        parameters=count_parameters(network),
         macs=count_macs(network),
         logits=logits,
         logits_shape=tuple(d.size for d in network.value(logits).shape[1:]) if logits else None,
         taps=taps,
         suggested_tap=suggested,
         without_rule=missing_rules(network, logits or outputs[0]),
-        tensorrt=_ask_tensorrt(model, spec, suggested, logits),
+        tensorrt=_ask_tensorrt(teacher, spec),
         problem=problem,
         command=_command(path, spec, suggested, taps),
     )
@@ -193,23 +186,28 @@ def candidates(network: Network, logits: str, spec: InputSpec) -> tuple[TapCandi
 
 
 def suggest(
-    model: onnx.ModelProto, spec: InputSpec, taps: tuple[TapCandidate, ...], logits: str
-) -> tuple[str | None, str | None]:
-    """(tap, why not): the last tap from which Grad-CAM works and whose map is not flat for noise."""
+    network: Network, spec: InputSpec, taps: tuple[TapCandidate, ...], logits: str
+) -> tuple[str | None, onnx.ModelProto | None, str | None]:
+    """(tap, its teacher, why there is none): the last tap from which Grad-CAM works and whose map is not flat.
+
+    The last one before a classifier's pooling; before a dense head the last of the smallest maps, because the
+    ones beside the head say little more than the head itself.
+    """
     problem: str | None = "no tensor that could be tapped lies between the image and the logits"
     noise = np.random.default_rng(0).integers(0, 256, (2, *spec.size, 3), dtype=np.uint8)
     ordered = list(reversed(taps))
-    # after the last tap of each stage, its earlier ones: a class token's last block has flat maps
+    if sum(dim.size > 1 for dim in network.value(logits).shape[1:]) > 1:
+        ordered.sort(key=lambda tap: tap.map_size[0] * tap.map_size[1])
     for tap in ordered[:_TRIALS]:
         try:
-            teacher = build_teacher_graph(model, spec, taps={"last": tap.tensor}, logits=logits)
+            teacher = teacher_of(network, spec, taps={"last": tap.tensor}, scores=logits)
         except UnsupportedNetwork as refusal:
-            return None, str(refusal)
+            return None, None, str(refusal)
         (maps,) = session(teacher).run(["saliency"], {"images": noise})
         if np.ptp(maps) > 0:
-            return tap.tensor, None
+            return tap.tensor, teacher, None
         problem = f"the saliency maps at the last {_TRIALS} taps are flat; name an earlier one"
-    return None, problem
+    return None, None, problem
 
 
 def missing_rules(network: Network, logits: str) -> tuple[MissingRule, ...]:
@@ -223,6 +221,24 @@ def missing_rules(network: Network, logits: str) -> tuple[MissingRule, ...]:
         if on_path and find(node) is None and node.op_type not in {"Shape", "Size"}:
             counted.setdefault(node.op_type, []).append(label(node))
     return tuple(MissingRule(op, len(nodes), nodes[0]) for op, nodes in counted.items())
+
+
+def count_parameters(network: Network) -> int:
+    """Numbers that pixels meet on their way: floating-point tensors that do not depend on them, each once."""
+    reached = network.descendants([network.input_name])
+    read = {
+        name
+        for node in network.nodes
+        if reached.intersection(node.output)
+        for name in node.input
+        if name and name not in reached and network.has(name)
+    }
+    values = [network.value(name) for name in read]
+    return sum(
+        int(np.prod([dim.size for dim in value.shape]))
+        for value in values
+        if value.dtype in FLOATS and value.rank
+    )
 
 
 def count_macs(network: Network) -> int:
@@ -248,12 +264,9 @@ def count_macs(network: Network) -> int:
     return total
 
 
-def _ask_tensorrt(
-    model: onnx.ModelProto, spec: InputSpec, tap: str | None, logits: str | None
-) -> TensorRtVerdict:
-    if tap is None or logits is None:
+def _ask_tensorrt(teacher: onnx.ModelProto | None, spec: InputSpec) -> TensorRtVerdict:
+    if teacher is None:
         return TensorRtVerdict(False, None, None, "not checked: there is no teacher graph to check")
-    teacher = build_teacher_graph(model, spec, taps={"last": tap}, logits=logits)
     return check_tensorrt(
         teacher.SerializeToString(), {"images": (8, *spec.size, 3)}, installed_tensorrt()
     )

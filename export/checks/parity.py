@@ -23,7 +23,7 @@ from export.graph.build import network_and_logits
 from export.graph.emit import FLOATS, Ops, Value
 from export.graph.gradient import gradients
 from export.graph.network import Network, prune, session
-from export.graph.target import Target, resolve, seed
+from export.graph.target import Target, resolve, seed, settle
 from export.graph.wrap import InputSpec
 
 TOLERANCE = 1e-5
@@ -74,6 +74,7 @@ def check_derivative(
     """
     target = target or Target()
     network, scores = network_and_logits(model, spec, [wrt] if wrt else [], logits)
+    target = settle(network, scores, target)
     wrt = wrt or network.input_name
     x = network_input(spec, images)
     anchored = _anchored(network, scores)
