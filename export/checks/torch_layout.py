@@ -107,6 +107,20 @@ def _gather(a: Attributes, x: Inputs) -> Tensor:
     return flat.reshape([*x[0].shape[:axis], *x[1].shape, *x[0].shape[axis + 1 :]])
 
 
+@operator("ScatterND")
+def _scatter_nd(a: Attributes, x: Inputs) -> Tensor:
+    if a.get("reduction", "none") != "none":
+        raise NotImplementedError("ScatterND with a reduction")
+    return x[0].index_put(tuple(x[1].unbind(-1)), x[2])
+
+
+@operator("GatherND")
+def _gather_nd(a: Attributes, x: Inputs) -> Tensor:
+    if a.get("batch_dims", 0):
+        raise NotImplementedError("GatherND with batch axes")
+    return x[0][tuple(x[1].unbind(-1))]
+
+
 @operator("Pad")
 def _pad(a: Attributes, x: Inputs) -> Tensor:
     pads = integers(x[1])

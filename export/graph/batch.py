@@ -8,13 +8,12 @@ every image must get what the file gave it alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import NoReturn
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from export.graph.errors import UnsupportedNetwork
@@ -53,7 +52,7 @@ def free_batch(model: onnx.ModelProto, input_name: str, sizes: tuple[int, ...], 
     walk = _Walk(model.graph, {name: found.shape for name, found in seen.items()}, batch)
     walk.run(input_name, (batch, *sizes))
     if squeezed or walk.changed:
-        _prove(original, model, input_name, sizes, batch)
+        _prove(original, model, input_name, sizes, batch, walk.at)
     return squeezed or walk.changed
 
 
@@ -280,6 +279,7 @@ def _prove(
     input_name: str,
     sizes: tuple[int, ...],
     batch: int,
+    at: Mapping[str, int],
 ) -> None:
     """Raises UnsupportedNetwork unless two images in one batch get what each got from the file alone."""
     images = random_images(original, input_name, (2, *sizes))
@@ -297,18 +297,19 @@ def _prove(
     for output, first, second, both in zip(original.graph.output, *each, together, strict=True):
         if not isinstance(both, np.ndarray) or both.dtype.kind != "f":
             continue
-        expected = [_first(single, batch) for single in (first, second)]
-        got = [both[i].reshape(-1) for i in (0, 1)] if both.shape[:1] == (2,) else [both, both]
-        for one, other in zip(got, expected, strict=True):
-            size = float(np.abs(other).max(initial=0))
-            same = one.size == other.size
-            if not same or np.abs(one.reshape(-1) - other).max(initial=0) > _AGREEMENT * size:
+        axis = at.get(output.name)
+        for i, single in enumerate((first, second)):
+            if axis is None:
+                got, expected = both, single
+            else:
+                got, expected = (np.take(y, [i * (y is both)], axis) for y in (both, single))
+            size = float(np.abs(expected).max(initial=0))
+            same = got.size == expected.size
+            if (
+                not same
+                or np.abs(got.ravel() - expected.ravel()).max(initial=0) > _AGREEMENT * size
+            ):
                 raise UnsupportedNetwork(
                     f"the file is made for a batch of {batch}; with its batch freed, output {output.name!r} "
                     "mixes the images; export it with a dynamic batch axis"
                 )
-
-
-def _first(single: NDArray[np.generic], batch: int) -> NDArray[np.generic]:
-    """The first image's part of an output of a batch of equal images, flat."""
-    return (single[0] if batch > 1 else single).reshape(-1)

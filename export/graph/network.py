@@ -95,6 +95,13 @@ class Network:
         return reached
 
 
+def reads_numbers(node: onnx.NodeProto) -> list[str]:
+    """The inputs whose numbers matter to a node, not only their shape or type."""
+    if node.op_type in _READS_SHAPE_ONLY:
+        return []
+    return list(node.input[:1]) if node.op_type == "CastLike" else _reads(node)
+
+
 def _reads(node: onnx.NodeProto) -> list[str]:
     """A node's inputs, and what its subgraphs take from outside."""
     names = [name for name in node.input if name]
@@ -279,9 +286,7 @@ def pixel_dependent(graph: onnx.GraphProto, input_name: str) -> set[str]:
     reached = {input_name}
     for node in graph.node:
         random = node.op_type.startswith("Random") or node.op_type in {"Bernoulli", "Multinomial"}
-        if random or (
-            node.op_type not in _READS_SHAPE_ONLY and any(n in reached for n in _reads(node))
-        ):
+        if random or any(name in reached for name in reads_numbers(node)):
             reached.update(name for name in node.output if name)
     return reached
 
