@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -10,17 +11,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from export.checks.teacher import count_parameters
 from export.checks.tensorrt import TensorRtVerdict, check_tensorrt, installed_tensorrt
-from export.graph import (
-    InputSpec,
-    UnsupportedNetwork,
-    build_teacher_graph,
-    find_logits,
-    infer_layout,
-    prepare,
-)
-from export.graph.network import Network, session
+from export.graph import InputSpec, UnsupportedNetwork, find_logits, infer_layout, prepare
+from export.graph.build import teacher_of
+from export.graph.emit import FLOATS
+from export.graph.network import Network, pixel_dependent, session
 from export.graph.opset import to_opset18
 from export.graph.prepare import image_input
 from export.graph.registry import find, label
@@ -47,7 +42,7 @@ class TapCandidate(msgspec.Struct, frozen=True):
     layout: Literal["NCHW", "NHWC", "NTC"]
     map_size: tuple[int, int]
     stage: int
-    """Counts resolutions from the image on; features of one stage have one map size."""
+    """Counts resolutions from the image on; one stage's maps have one size, give or take padding."""
 
 
 class MissingRule(msgspec.Struct, frozen=True):
@@ -96,9 +91,9 @@ def inspect(path: Path, spec: InputSpec | None = None) -> Inspection:
     except UnsupportedNetwork as error:
         problem = str(error)
     taps = candidates(network, logits or outputs[0], spec)
-    suggested = None
+    suggested, teacher = None, None
     if logits:
-        suggested, problem = suggest(model, spec, taps, logits)
+        suggested, teacher, problem = suggest(network, spec, taps, logits)
     return Inspection(
         path=str(path),
         producer=f"{model.producer_name} {model.producer_version}".strip() or "unknown",
@@ -106,14 +101,14 @@ def inspect(path: Path, spec: InputSpec | None = None) -> Inspection:
         inputs=tuple(_info(info) for info in model.graph.input if info.name == network.input_name),
         outputs=tuple(_info(info) for info in model.graph.output),
         assumed=spec,
-        parameters=count_parameters(model),
+        parameters=count_parameters(network),
         macs=count_macs(network),
         logits=logits,
         logits_shape=tuple(d.size for d in network.value(logits).shape[1:]) if logits else None,
         taps=taps,
         suggested_tap=suggested,
         without_rule=missing_rules(network, logits or outputs[0]),
-        tensorrt=_ask_tensorrt(model, spec, suggested, logits),
+        tensorrt=_ask_tensorrt(teacher, spec),
         problem=problem,
         command=_command(path, spec, suggested, taps),
     )
@@ -159,7 +154,7 @@ def guess_spec(model: onnx.ModelProto) -> InputSpec:
 
 def candidates(network: Network, logits: str, spec: InputSpec) -> tuple[TapCandidate, ...]:
     """Feature maps and token tensors that every path from the image to the logits passes through, in order."""
-    between = network.ancestors([logits]) & network.descendants([network.input_name])
+    between = _between(network, logits)
     last_use: dict[str, int] = {}
     for i, node in enumerate(network.nodes):
         for name in node.input:
@@ -172,7 +167,7 @@ def candidates(network: Network, logits: str, spec: InputSpec) -> tuple[TapCandi
         live = {name for name in live if last_use.get(name, -1) > i}
         live |= {name for name in node.output if name in between and last_use.get(name, -1) > i}
         fresh = [name for name in node.output if name in live]
-        if len(live) != 1 or not fresh or node.op_type == "Shape":
+        if len(live) != 1 or not fresh:
             continue
         name = fresh[0]
         shape = network.value(name).shape if network.has(name) else ()
@@ -184,44 +179,79 @@ def candidates(network: Network, logits: str, spec: InputSpec) -> tuple[TapCandi
             continue
         if min(layout.size) < 2:
             continue
-        if not sizes or sizes[-1] != layout.size:
+        if not sizes or _another_stage(sizes[-1], layout.size):
             sizes.append(layout.size)
         plain = tuple(dim.size for dim in shape[1:])
         found.append(TapCandidate(name, node.op_type, plain, layout.axes, layout.size, len(sizes)))
     return tuple(found)
 
 
+def _another_stage(before: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether a map has another resolution; the pixels that padding adds for a moment are none."""
+    small, large = sorted((prod(before), prod(size)))
+    return large >= 2 * small
+
+
+def _between(network: Network, logits: str) -> set[str]:
+    """Tensors that carry pixels, and not only sizes, from the image to the logits."""
+    carried = pixel_dependent(network.model.graph, network.input_name)
+    return network.ancestors([logits]) & carried
+
+
 def suggest(
-    model: onnx.ModelProto, spec: InputSpec, taps: tuple[TapCandidate, ...], logits: str
-) -> tuple[str | None, str | None]:
-    """(tap, why not): the last tap from which Grad-CAM works and whose map is not flat for noise."""
+    network: Network, spec: InputSpec, taps: tuple[TapCandidate, ...], logits: str
+) -> tuple[str | None, onnx.ModelProto | None, str | None]:
+    """(tap, its teacher, why there is none): the last tap from which Grad-CAM works and whose map is not flat.
+
+    The last one before a classifier's pooling; before a dense head the last of the smallest maps, because the
+    ones beside the head say little more than the head itself.
+    """
     problem: str | None = "no tensor that could be tapped lies between the image and the logits"
     noise = np.random.default_rng(0).integers(0, 256, (2, *spec.size, 3), dtype=np.uint8)
     ordered = list(reversed(taps))
-    # after the last tap of each stage, its earlier ones: a class token's last block has flat maps
+    if sum(dim.size > 1 for dim in network.value(logits).shape[1:]) > 1:
+        ordered.sort(key=lambda tap: tap.map_size[0] * tap.map_size[1])
     for tap in ordered[:_TRIALS]:
         try:
-            teacher = build_teacher_graph(model, spec, taps={"last": tap.tensor}, logits=logits)
+            teacher = teacher_of(network, spec, taps={"last": tap.tensor}, scores=logits)
         except UnsupportedNetwork as refusal:
-            return None, str(refusal)
+            return None, None, str(refusal)
         (maps,) = session(teacher).run(["saliency"], {"images": noise})
         if np.ptp(maps) > 0:
-            return tap.tensor, None
+            return tap.tensor, teacher, None
         problem = f"the saliency maps at the last {_TRIALS} taps are flat; name an earlier one"
-    return None, problem
+    return None, None, problem
 
 
 def missing_rules(network: Network, logits: str) -> tuple[MissingRule, ...]:
     """Operators on paths from the image to the logits that no derivative rule covers."""
-    between = network.ancestors([logits]) & network.descendants([network.input_name])
+    between = _between(network, logits)
     counted: dict[str, list[str]] = {}
     for node in network.nodes:
         on_path = any(name in between for name in node.output) and any(
             name in between for name in node.input
         )
-        if on_path and find(node) is None and node.op_type not in {"Shape", "Size"}:
+        if on_path and find(node) is None:
             counted.setdefault(node.op_type, []).append(label(node))
     return tuple(MissingRule(op, len(nodes), nodes[0]) for op, nodes in counted.items())
+
+
+def count_parameters(network: Network) -> int:
+    """Numbers that pixels meet on their way: floating-point tensors that do not depend on them, each once."""
+    reached = network.descendants([network.input_name])
+    read = {
+        name
+        for node in network.nodes
+        if reached.intersection(node.output)
+        for name in node.input
+        if name and name not in reached and network.has(name)
+    }
+    values = [network.value(name) for name in read]
+    return sum(
+        int(np.prod([dim.size for dim in value.shape]))
+        for value in values
+        if value.dtype in FLOATS and value.rank
+    )
 
 
 def count_macs(network: Network) -> int:
@@ -247,12 +277,9 @@ def count_macs(network: Network) -> int:
     return total
 
 
-def _ask_tensorrt(
-    model: onnx.ModelProto, spec: InputSpec, tap: str | None, logits: str | None
-) -> TensorRtVerdict:
-    if tap is None or logits is None:
+def _ask_tensorrt(teacher: onnx.ModelProto | None, spec: InputSpec) -> TensorRtVerdict:
+    if teacher is None:
         return TensorRtVerdict(False, None, None, "not checked: there is no teacher graph to check")
-    teacher = build_teacher_graph(model, spec, taps={"last": tap}, logits=logits)
     return check_tensorrt(
         teacher.SerializeToString(), {"images": (8, *spec.size, 3)}, installed_tensorrt()
     )

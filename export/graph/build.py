@@ -57,7 +57,32 @@ def build_teacher_graph(
     network, scores = network_and_logits(
         model, spec, list(taps.values()), logits, needed=needs_logits
     )
+    return teacher_of(
+        network,
+        spec,
+        taps=taps,
+        saliency_tap=saliency_tap,
+        scores=scores,
+        publish_logits=publish_logits,
+        kind=kind,
+        target=target,
+        layout=layout,
+    )
 
+
+def teacher_of(
+    network: Network,
+    spec: InputSpec,
+    *,
+    taps: Mapping[str, str],
+    scores: str,
+    saliency_tap: str | None = None,
+    publish_logits: bool = False,
+    kind: Kind = "gradcam",
+    target: Target | None = None,
+    layout: MapLayout | None = None,
+) -> onnx.ModelProto:
+    """`build_teacher_graph` for a network that is measured already; `scores` names its logits."""
     ops = Ops("saliency")
     tapped = (
         _saliency_tensor(taps, saliency_tap)

@@ -14,7 +14,7 @@ import numpy as np
 from export.graph import rules as _rules  # noqa: F401  (importing registers the rules)
 from export.graph.emit import FLOATS, Ops, Value
 from export.graph.errors import UnsupportedOperator
-from export.graph.network import Network
+from export.graph.network import Network, reads_numbers
 from export.graph.registry import Step, find, label
 
 
@@ -63,7 +63,7 @@ def _active(network: Network, seeds: Mapping[str, Value], wanted: Sequence[str])
     """Floating-point tensors on a path from a wanted tensor to a seeded one."""
     reached = set(wanted)
     for node in network.nodes:
-        if any(name in reached for name in node.input):
+        if any(name in reached for name in reads_numbers(node)):
             reached.update(
                 name
                 for name in node.output

@@ -9,6 +9,7 @@ both runs is a constant.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -18,9 +19,17 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.graph.emit import Value
 from export.graph.errors import UnsupportedNetwork
-from export.graph.shapes import Shape, observed
+from export.graph.shapes import observed
 
 _READS_SHAPE_ONLY = {"Shape", "Size"}
+_MAKES_SEQUENCES = {
+    "SplitToSequence",
+    "SequenceConstruct",
+    "SequenceEmpty",
+    "SequenceInsert",
+    "SequenceErase",
+}
+_SHAPE, _TYPE = "/probed shape", "/probed type"
 _FOLD_ELEMENTS = 4096  # a folded constant larger than this would grow the file
 
 
@@ -86,6 +95,13 @@ class Network:
         return reached
 
 
+def reads_numbers(node: onnx.NodeProto) -> list[str]:
+    """The inputs whose numbers matter to a node, not only their shape or type."""
+    if node.op_type in _READS_SHAPE_ONLY:
+        return []
+    return list(node.input[:1]) if node.op_type == "CastLike" else _reads(node)
+
+
 def _reads(node: onnx.NodeProto) -> list[str]:
     """A node's inputs, and what its subgraphs take from outside."""
     names = [name for name in node.input if name]
@@ -123,6 +139,7 @@ def session(model: onnx.ModelProto, *, optimise: bool = True) -> ort.InferenceSe
     options.log_severity_level = 4
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     return ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
 
 
@@ -132,53 +149,114 @@ def measure(model: onnx.ModelProto, input_name: str, sizes: tuple[int, ...]) -> 
     `sizes` is the input's shape without the batch. Raises UnsupportedNetwork if the model does not run.
     """
     graph = model.graph
-    _lift_constants(graph)
-    made = [name for node in graph.node for name in node.output if name]
+    lift_constants(graph)
+    info = next(info for info in graph.input if info.name == input_name)
+    dependent = pixel_dependent(graph, input_name)
+    two, three = observe(model, input_name, sizes, (2, 3), dependent)
+
+    shape = tuple(observed((2, *sizes), (3, *sizes)) or ())
+    values = {input_name: Value(input_name, shape, info.type.tensor_type.elem_type)}
+    constants: dict[str, NDArray[np.generic]] = {}
+    for name, at_two in two.items():
+        at_three = three[name]
+        if (found := observed(at_two.shape, at_three.shape)) is not None:
+            values[name] = Value(name, found, at_two.dtype)
+        if at_two.array is not None and at_three.array is not None:
+            same = at_two.shape == at_three.shape
+            if same and np.array_equal(at_two.array, at_three.array):
+                constants[name] = at_two.array
+    _fold(graph, constants)
+    return Network(model, input_name, values, constants)
+
+
+class Observation(NamedTuple):
+    """What one run showed of one tensor; `array` only where it does not depend on the pixels."""
+
+    shape: tuple[int, ...]
+    dtype: int
+    array: NDArray[np.generic] | None
+
+
+def observe(
+    model: onnx.ModelProto,
+    input_name: str,
+    sizes: tuple[int, ...],
+    batches: tuple[int, ...],
+    dependent: set[str],
+) -> list[dict[str, Observation]]:
+    """Run the model at each batch size and look at every tensor a node makes.
+
+    Of tensors that depend on the pixels only shape and type leave the runtime, as a `Shape` node and an empty
+    slice: keeping the maps of a large network themselves would take gigabytes. Sequences are left out. Raises
+    UnsupportedNetwork if the model does not run.
+    """
+    image = random_images(model, input_name, (max(batches), *sizes))
+    try:
+        runner, ask = _probe(model, dependent)
+        runs = [runner.run(ask, {input_name: image[:batch]}) for batch in batches]
+    except Exception as error:
+        counts = " and ".join(map(str, batches))
+        raise UnsupportedNetwork(
+            f"ONNX Runtime cannot run the network at batch {counts}: {error}"
+        ) from error
+    return [_observations(dict(zip(ask, results, strict=True)), dependent) for results in runs]
+
+
+def random_images(
+    model: onnx.ModelProto, input_name: str, shape: tuple[int, ...]
+) -> NDArray[np.generic]:
+    """Noise of the input's type: between 0 and 1, or all of uint8."""
+    info = next(info for info in model.graph.input if info.name == input_name)
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type))
+    generator = np.random.default_rng(0)
+    if dtype.kind == "u":
+        return generator.integers(0, 256, shape).astype(dtype)
+    return generator.uniform(0, 1, shape).astype(dtype)
+
+
+def _probe(model: onnx.ModelProto, dependent: set[str]) -> tuple[ort.InferenceSession, list[str]]:
+    """A session that puts out shape and a zero of the type of every tensor in `dependent`, and all others."""
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
-    del probe.graph.output[:], probe.graph.value_info[:]
-    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in made)
-    info = next(info for info in graph.input if info.name == input_name)
-    dtype = helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)
-    generator = np.random.default_rng(0)
-    image = generator.uniform(0, 1, (3, *sizes)).astype(dtype)
-    try:
-        runner = session(probe, optimise=False)
-        runs = [
-            dict(zip(made, runner.run(made, {input_name: image[:batch]}), strict=True))
-            for batch in (2, 3)
-        ]
-    except Exception as error:
-        raise UnsupportedNetwork(
-            f"ONNX Runtime cannot run the network at batch 2 and 3: {error}"
-        ) from error
-
-    dependent = _pixel_dependent(graph, input_name)
-    values = {input_name: _value(input_name, image[:2], image[:3], info.type.tensor_type.elem_type)}
-    constants: dict[str, NDArray[np.generic]] = {}
-    for name in made:
-        two, three = runs[0][name], runs[1][name]
-        if not isinstance(two, np.ndarray):
+    graph = probe.graph
+    del graph.output[:], graph.value_info[:], graph.node[:]
+    zero = numpy_helper.from_array(np.zeros((), np.float32), "probe/zero")
+    graph.initializer.append(zero)
+    ask = []
+    for node in model.graph.node:
+        graph.node.append(node)
+        if node.op_type in _MAKES_SEQUENCES:
             continue
-        dtype_of = helper.np_dtype_to_tensor_dtype(two.dtype)
-        if (value := _value(name, two, three, dtype_of)) is not None:
-            values[name] = value
-        if name not in dependent and two.shape == three.shape and np.array_equal(two, three):
-            constants[name] = two.copy()
-    runs.clear()
-    known = {name: value for name, value in values.items() if value is not None}
-    _fold(graph, constants)
-    return Network(model, input_name, known, constants)
+        for name in node.output:  # at once, so that the runtime may drop the tensor
+            if name in dependent:
+                graph.node.append(helper.make_node("Shape", [name], [name + _SHAPE]))
+                graph.node.append(helper.make_node("CastLike", [zero.name, name], [name + _TYPE]))
+                ask += [name + _SHAPE, name + _TYPE]
+            elif name:
+                ask.append(name)
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in ask)
+    return session(probe, optimise=False), ask
 
 
-def _value(
-    name: str, two: NDArray[np.generic], three: NDArray[np.generic], dtype: int
-) -> Value | None:
-    shape: Shape | None = observed(two.shape, three.shape)
-    return None if shape is None else Value(name, shape, int(dtype))
+def _observations(
+    results: dict[str, NDArray[np.generic]], dependent: set[str]
+) -> dict[str, Observation]:
+    seen = {}
+    for name, array in results.items():
+        tensor = name.removesuffix(_SHAPE)
+        if tensor != name and tensor in dependent:
+            sizes = tuple(int(size) for size in array.reshape(-1).tolist())
+            seen[tensor] = Observation(sizes, _type_of(results[tensor + _TYPE]), None)
+        elif name.removesuffix(_TYPE) not in dependent and isinstance(array, np.ndarray):
+            seen[name] = Observation(array.shape, _type_of(array), array)
+    return seen
 
 
-def _lift_constants(graph: onnx.GraphProto) -> None:
+def _type_of(array: NDArray[np.generic]) -> int:
+    return int(helper.np_dtype_to_tensor_dtype(array.dtype))
+
+
+def lift_constants(graph: onnx.GraphProto) -> None:
     """Constant nodes become initialisers: one kind of constant instead of two."""
     kept = []
     for node in graph.node:
@@ -203,14 +281,12 @@ def _lift_constants(graph: onnx.GraphProto) -> None:
     graph.node.extend(kept)
 
 
-def _pixel_dependent(graph: onnx.GraphProto, input_name: str) -> set[str]:
+def pixel_dependent(graph: onnx.GraphProto, input_name: str) -> set[str]:
     """Tensors that depend on the image's pixels, and not only on its shape."""
     reached = {input_name}
     for node in graph.node:
         random = node.op_type.startswith("Random") or node.op_type in {"Bernoulli", "Multinomial"}
-        if random or (
-            node.op_type not in _READS_SHAPE_ONLY and any(n in reached for n in _reads(node))
-        ):
+        if random or any(name in reached for name in reads_numbers(node)):
             reached.update(name for name in node.output if name)
     return reached
 

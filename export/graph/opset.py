@@ -45,6 +45,7 @@ def to_opset18(model: onnx.ModelProto) -> onnx.ModelProto:
                 f"the model uses opset {version}, and onnx cannot convert it "
                 f"to opset {_OLDEST_NATIVE} ({error}); export it again with opset 18"
             ) from error
+        _asymmetric(copy.graph)
         version = _version(copy)
     _Rewriter(copy, version).rewrite(copy.graph)
     for entry in copy.opset_import:
@@ -52,6 +53,18 @@ def to_opset18(model: onnx.ModelProto) -> onnx.ModelProto:
             entry.version = TARGET
     copy.ir_version = IR_VERSION
     return copy
+
+
+def _asymmetric(graph: onnx.GraphProto) -> None:
+    """Upsample and Resize of before 11 knew one coordinate mode; onnx's converter leaves the later default."""
+    for node in graph.node:
+        if node.op_type == "Resize":
+            for name, value in (
+                ("coordinate_transformation_mode", "asymmetric"),
+                ("nearest_mode", "floor"),
+            ):
+                _take(node, name)
+                node.attribute.append(helper.make_attribute(name, value))
 
 
 def _version(model: onnx.ModelProto) -> int:
@@ -70,10 +83,18 @@ class _Rewriter:
         self.version = version
         self._count = 0
         self._ranks: dict[str, int] = {}
+        self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
+        for node in model.graph.node:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                self._stored[node.output[0]] = node.attribute[0].t
         if version < 13 and any(node.op_type in _FLATTENING for node in model.graph.node):
-            inferred = onnx.shape_inference.infer_shapes(model)
+            inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
             known = [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]
-            self._ranks = {info.name: len(info.type.tensor_type.shape.dim) for info in known}
+            self._ranks = {
+                info.name: len(info.type.tensor_type.shape.dim)
+                for info in known
+                if info.type.tensor_type.HasField("shape")
+            }
 
     def rewrite(self, graph: onnx.GraphProto) -> None:
         nodes: list[Node] = []
@@ -114,6 +135,11 @@ class _Rewriter:
         name = self.name(node, what)
         array = numpy_helper.from_array(np.asarray(number, np.float32), name)
         return helper.make_node("Constant", [], [name], name=name, value=array)
+
+    def stored(self, node: Node, i: int) -> list[int] | None:
+        """A stored integer input; None if it is absent or computed."""
+        tensor = self._stored.get(node.input[i]) if i < len(node.input) else None
+        return None if tensor is None else [int(n) for n in numpy_helper.to_array(tensor).ravel()]
 
     def rank(self, name: str) -> int | None:
         return self._ranks.get(name)
@@ -166,18 +192,10 @@ def _flattening_softmax(rewriter: _Rewriter, node: Node) -> list[Node]:
     if axis in (-1, last):
         node.attribute.append(helper.make_attribute("axis", -1))
         return [node]
-    if rank is None:
-        raise UnsupportedOperator(
-            node.op_type,
-            node.name,
-            "its opset-11 form flattens, and the rank of its input is unknown",
-        )
     flat, soft, shape = (rewriter.name(node, what) for what in ("flat", "soft", "shape"))
-    zeros = rewriter.integers(node, "flat_shape", [0] * (axis % rank) + [-1])
     return [
-        zeros,
         helper.make_node("Shape", [node.input[0]], [shape]),
-        helper.make_node("Reshape", [node.input[0], zeros.output[0]], [flat]),
+        helper.make_node("Flatten", [node.input[0]], [flat], axis=axis),
         helper.make_node(node.op_type, [flat], [soft], name=node.name, axis=-1),
         helper.make_node("Reshape", [soft, shape], [node.output[0]]),
     ]
@@ -305,4 +323,37 @@ def _group_norm(rewriter: _Rewriter, node: Node) -> list[Node]:
     return nodes
 
 
-_DOWNGRADES: dict[str, tuple[int, Rewrite]] = {"Gelu": (20, _gelu)}
+def _wrapping_pad(rewriter: _Rewriter, node: Node) -> list[Node]:
+    """Pad 19 can wrap around: the end of the axis before it, and its start after it."""
+    if not any(a.name == "mode" and a.s == b"wrap" for a in node.attribute):
+        return [node]
+    pads = rewriter.stored(node, 1)
+    if pads is None or min(pads) < 0:
+        raise UnsupportedOperator(
+            node.op_type, node.name, "it wraps around by amounts that are computed or negative"
+        )
+    half = len(pads) // 2
+    axes = rewriter.stored(node, 3) or list(range(half))
+    nodes: list[Node] = []
+
+    def cut(x: str, axis: int, start: int, end: int) -> str:
+        bounds = [rewriter.integers(node, "bound", [n]) for n in (start, end, axis)]
+        name = rewriter.name(node, "cut")
+        inputs = [x, *(bound.output[0] for bound in bounds)]
+        nodes.extend([*bounds, helper.make_node("Slice", inputs, [name], name=name)])
+        return name
+
+    x = node.input[0]
+    for axis, before, after in zip(axes, pads[:half], pads[half:], strict=True):
+        if before == after == 0:
+            continue
+        parts = [cut(x, axis, -before, 2**62)] if before else []
+        parts += [x, *([cut(x, axis, 0, after)] if after else [])]
+        joined = rewriter.name(node, "joined")
+        nodes.append(helper.make_node("Concat", parts, [joined], name=joined, axis=axis))
+        x = joined
+    nodes.append(helper.make_node("Identity", [x], [node.output[0]], name=node.name))
+    return nodes
+
+
+_DOWNGRADES: dict[str, tuple[int, Rewrite]] = {"Gelu": (20, _gelu), "Pad": (19, _wrapping_pad)}

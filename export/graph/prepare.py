@@ -7,10 +7,12 @@ from collections.abc import Iterable
 import onnx
 from onnx import TensorProto
 
+from export.graph.batch import free_batch
 from export.graph.emit import FLOATS
 from export.graph.errors import UnsupportedNetwork
 from export.graph.network import Network, measure, prune
 from export.graph.opset import to_opset18
+from export.graph.shapes import BATCH
 from export.graph.wrap import InputSpec
 
 _PIXEL_TYPES = FLOATS | {int(TensorProto.UINT8)}
@@ -33,12 +35,50 @@ def prepare(model: onnx.ModelProto, spec: InputSpec, keep: Iterable[str] | None 
                 f"the network has no tensor {name!r}; "
                 "`fedsa export inspect` lists the tensors that can be tapped"
             )
-    _set_input_shape(image, spec)
+    batch = _set_input_shape(image, spec)
     _drop_annotations(native)
     del graph.output[:]
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
     prune(graph, wanted)
-    return measure(native, image.name, spec.shape)
+    return _measure_freed(native, image.name, spec.shape, batch)
+
+
+def _measure_freed(
+    model: onnx.ModelProto, image: str, sizes: tuple[int, ...], batch: int | None
+) -> Network:
+    """Measure the model, with a batch that is written into it freed first; `batch` is what the input says.
+
+    Exporters also declare a dynamic batch over constants of one image: then the model does not run, or joins
+    the images in its outputs.
+    """
+    if batch is not None:
+        free_batch(model, image, sizes, batch)
+        return measure(model, image, sizes)
+    untouched = onnx.ModelProto()
+    untouched.CopyFrom(model)
+    try:
+        network = measure(model, image, sizes)
+    except UnsupportedNetwork as refusal:
+        if not _freed_too(untouched, image, sizes):
+            raise refusal from None
+        return measure(untouched, image, sizes)
+    joined = any(_joins_images(network, info.name) for info in model.graph.output)
+    if joined and _freed_too(untouched, image, sizes):
+        return measure(untouched, image, sizes)
+    return network
+
+
+def _joins_images(network: Network, name: str) -> bool:
+    """Whether an output has the batch in its shape, and not as its first axis alone."""
+    shape = network.value(name).shape if network.has(name) else ()
+    return any(dim.batched for dim in shape) and shape[0] != BATCH
+
+
+def _freed_too(model: onnx.ModelProto, image: str, sizes: tuple[int, ...]) -> bool:
+    try:
+        return free_batch(model, image, sizes, 1)
+    except UnsupportedNetwork:  # then it is as its author meant it
+        return False
 
 
 def image_input(graph: onnx.GraphProto) -> onnx.ValueInfoProto:
@@ -65,8 +105,11 @@ def image_input(graph: onnx.GraphProto) -> onnx.ValueInfoProto:
     return image
 
 
-def _set_input_shape(info: onnx.ValueInfoProto, spec: InputSpec) -> None:
-    """Replace the input's shape by [N, *spec.shape], if that is compatible with what the file says."""
+def _set_input_shape(info: onnx.ValueInfoProto, spec: InputSpec) -> int | None:
+    """Replace the input's shape by [N, *spec.shape], if that is compatible with what the file says.
+
+    Returns the batch the file says; None if it is free.
+    """
     dims = info.type.tensor_type.shape.dim
     said = [
         dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None for dim in dims
@@ -83,6 +126,7 @@ def _set_input_shape(info: onnx.ValueInfoProto, spec: InputSpec) -> None:
     for dim, size in zip(dims[1:], spec.shape, strict=False):
         dim.Clear()
         dim.dim_value = size
+    return said[0]
 
 
 def _drop_annotations(model: onnx.ModelProto) -> None:

@@ -3,10 +3,11 @@
 The scalar is linear in the logits once the choice of class is made, so its gradient towards them, the *seed*,
 is a one-hot pattern computed from the logits themselves. For a dense head the scalar is a reduction:
 
-    top1        the largest logit (classifiers) mean        the class whose logits are largest on average over
-    all positions, averaged over them (segmentation) best_path   at every position the largest logit, averaged
-    over positions (sequences, OCR) max         the single largest logit of any class at any position
-    (detection)
+    top1        the largest logit (classifiers)
+    mean        the class whose logits are largest on average over all positions, averaged over them
+                (segmentation)
+    best_path   at every position the largest logit, averaged over positions (sequences, OCR)
+    max         the single largest logit of any class at any position (detection)
 
 With a given class, that class takes the place of the largest one.
 """
@@ -17,6 +18,7 @@ from typing import Literal
 
 import msgspec
 import numpy as np
+import onnx
 
 from export.graph.emit import FLOATS, INT64, Ops, Value
 from export.graph.errors import UnsupportedNetwork
@@ -24,6 +26,7 @@ from export.graph.network import Network
 from export.graph.shapes import BATCH, ONE, Dim, describe
 
 Reduction = Literal["top1", "mean", "best_path", "max"]
+_SQUASHES = {"Softmax", "Sigmoid"}
 _KEEPS_ORDER = {"Softmax", "LogSoftmax", "Sigmoid", "Identity", "Cast", "ArgMax"}
 
 
@@ -45,17 +48,72 @@ def find_logits(network: Network, outputs: list[str]) -> str:
     Raises UnsupportedNetwork if there are several, or none.
     """
     candidates = []
-    for output in outputs:
-        name = _before_softmax(network, output)
+    ends = [name for output in outputs if network.has(output) for name in _ends(network, output)]
+    for name in ends or _suppressed(network):
         if network.has(name) and _has_classes(network.value(name)) and name not in candidates:
             candidates.append(name)
     flat = [name for name in candidates if network.value(name).rank == 2]
     chosen = flat if len(flat) == 1 else candidates
     if len(chosen) != 1:
+        which = f"the tensors {candidates}" if candidates else f"the outputs {outputs}"
         raise UnsupportedNetwork(
-            f"cannot tell which of the outputs {outputs} holds the logits; name the tensor with `logits`"
+            f"cannot tell which of {which} holds the logits; name the tensor with `logits`"
         )
     return chosen[0]
+
+
+def _ends(network: Network, output: str) -> list[str]:
+    """The class scores one output is made of: itself before its softmax, or a part of a detector's."""
+    name = _before_softmax(network, output)
+    if not _has_classes_of(network, name):
+        return []
+    return [_scores_beside_boxes(network, name) or name]
+
+
+def _has_classes_of(network: Network, name: str) -> bool:
+    return network.has(name) and _has_classes(network.value(name))
+
+
+def _scores_beside_boxes(network: Network, name: str) -> str | None:
+    """A one-stage detector joins boxes and squashed scores: the scores, if exactly one part is squashed."""
+    node = network.producer.get(name)
+    while node is not None and node.op_type == "Transpose":
+        node = network.producer.get(node.input[0])
+    if node is None or node.op_type != "Concat":
+        return None
+    squashed = []
+    for part in node.input:
+        maker = network.producer.get(part)
+        if maker is not None and maker.op_type in _SQUASHES:
+            squashed.append(_before_softmax(network, part))
+    return squashed[0] if len(squashed) == 1 and _has_classes_of(network, squashed[0]) else None
+
+
+def _suppressed(network: Network) -> list[str]:
+    """A detector that ends in NonMaxSuppression: the scores [N, K, boxes] it is given."""
+    return [
+        _before_softmax(network, node.input[1])
+        for node in network.nodes
+        if node.op_type == "NonMaxSuppression"
+    ]
+
+
+def settle(network: Network, logits: str, target: Target) -> Target:
+    """`target` with what the network's own head says: the axis of its softmax; scores of independent
+    detections (a sigmoid over [N, a, b]) are reduced by max."""
+    for node in network.nodes:
+        if logits not in node.input:
+            continue
+        if node.op_type in {"Softmax", "LogSoftmax", "ArgMax"} and target.class_axis is None:
+            rank = network.value(logits).rank
+            default = 0 if node.op_type == "ArgMax" else -1
+            axis = next((a.i for a in node.attribute if a.name == "axis"), default) % rank
+            if axis > 0:
+                return msgspec.structs.replace(target, class_axis=axis)
+        if node.op_type == "Sigmoid" and network.value(logits).rank == 3:
+            reduction = target.reduction or "max"
+            return msgspec.structs.replace(target, reduction=reduction)
+    return target
 
 
 def _has_classes(value: Value) -> bool:
@@ -65,9 +123,28 @@ def _has_classes(value: Value) -> bool:
 
 def _before_softmax(network: Network, name: str) -> str:
     """Walk back over operators that keep the order of the classes."""
-    while (node := network.producer.get(name)) is not None and node.op_type in _KEEPS_ORDER:
-        name = node.input[0]
+    while (node := network.producer.get(name)) is not None:
+        if node.op_type in _KEEPS_ORDER:
+            name = node.input[0]
+        elif (before := _flattened_softmax(network, node)) is not None:
+            name = before
+        else:
+            break
     return name
+
+
+def _flattened_softmax(network: Network, node: onnx.NodeProto) -> str | None:
+    """The x of Reshape(Softmax(Flatten(x))) with the shape of x: a Softmax of before opset 13."""
+    if node.op_type != "Reshape" or not network.has(node.output[0]):
+        return None
+    soft = network.producer.get(node.input[0])
+    if soft is None or soft.op_type not in {"Softmax", "LogSoftmax", "Sigmoid"}:
+        return None
+    flat = network.producer.get(soft.input[0])
+    if flat is None or flat.op_type not in {"Flatten", "Reshape"} or not network.has(flat.input[0]):
+        return None
+    x = str(flat.input[0])
+    return x if network.value(x).shape == network.value(node.output[0]).shape else None
 
 
 class Form(msgspec.Struct, frozen=True):
@@ -111,7 +188,7 @@ def seed(network: Network, ops: Ops, logits: str, target: Target) -> Value:
             f"logits {logits!r} have shape {describe(value.shape)}; they must start "
             "with the batch and have classes"
         )
-    form = resolve(tuple(dim.size for dim in value.shape), target)
+    form = resolve(tuple(dim.size for dim in value.shape), settle(network, logits, target))
     reduction, axis, positions = form.reduction, form.class_axis, form.positions
     classes = value.shape[axis].size
     if reduction == "max":

@@ -134,6 +134,23 @@ def gather(step: Step) -> None:
         )
 
 
+@rule("ScatterND")
+def scatter_nd(step: Step) -> None:
+    """y is x with u written over it at places that do not repeat: dx is dy with zeros there, du is dy from
+    there."""
+    ops = step.ops
+    if step.attribute("reduction", "none") != "none":
+        step.refuse("it reduces what meets at one place")
+    if step.wants(1):
+        step.refuse("its indices are computed from the image")
+    dy, updates = step.full(), step.x(2)
+    if step.wants(0):
+        zeros = ops.expand(ops.constant(np.zeros([1] * updates.rank), dy.dtype), updates)
+        step.give(0, ops.emit("ScatterND", [dy, step.x(1), zeros], dy.shape))
+    if step.wants(2):
+        step.give(2, ops.emit("GatherND", [dy, step.x(1)], updates.shape))
+
+
 @rule("Expand")
 def expand(step: Step) -> None:
     """y repeats x along axes of size 1; dx sums over the copies."""

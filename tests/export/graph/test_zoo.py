@@ -18,6 +18,7 @@ from export.graph.emit import Ops
 from export.graph.gradient import gradients
 from export.graph.network import Network, session
 from export.graph.target import find_logits, seed
+from tests.export.graph.kinks import keeping_away
 from tests.export.graph.zoo import SIZE, ZOO, dynamo, make, torchscript
 
 IMAGES = 3
@@ -33,12 +34,15 @@ def exported(name: str, trained: bool) -> tuple[nn.Module, onnx.ModelProto]:
 
 
 @cache
-def images() -> np.ndarray:
-    return np.random.default_rng(5).integers(0, 256, (IMAGES, *SIZE, 3), dtype=np.uint8)
+def images(name: str, trained: bool = True) -> np.ndarray:
+    """Noise on which the module and its file take the same branches; see `kinks`."""
+    _, model = exported(name, trained)
+    noise = np.random.default_rng(5).integers(0, 256, (32, *SIZE, 3), dtype=np.uint8)
+    return keeping_away(prepare(model, SPEC), noise, IMAGES, SPEC)
 
 
-def network_input() -> Tensor:
-    x = torch.from_numpy(images()).permute(0, 3, 1, 2).double() / 255
+def network_input(name: str, trained: bool = True) -> Tensor:
+    x = torch.from_numpy(images(name, trained)).permute(0, 3, 1, 2).double() / 255
     return (x - torch.tensor(MEAN).double().view(1, 3, 1, 1)) / torch.tensor(STD).double().view(
         1, 3, 1, 1
     )
@@ -56,14 +60,14 @@ def scalar(name: str, y: Tensor) -> Tensor:
             return y.max(1).values.sum()
 
 
-def judge(name: str, net: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def judge(name: str, net: nn.Module, trained: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(input gradient, tap, tap gradient, tap as float32 saw it) by float64 autograd."""
     twin = copy.deepcopy(net).double()
     kept: list[Tensor] = []
     twin.tap.register_forward_hook(
         lambda module, args, out: (out.retain_grad(), kept.append(out))[0]
     )
-    x = network_input().requires_grad_(True)
+    x = network_input(name, trained).requires_grad_(True)
     scalar(name, twin(x)).backward()
     (tap,) = kept
     assert x.grad is not None
@@ -93,9 +97,9 @@ def per_image(got: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize("name", ZOO)
 def test_gradients(name: str, trained: bool) -> None:
     net, model = exported(name, trained)
-    by_input, tap, by_tap = judge(name, net)
+    by_input, tap, by_tap = judge(name, net, trained)
     network = prepare(model, SPEC)
-    x = network_input().float().numpy()
+    x = network_input(name, trained).float().numpy()
     tapped = tensor_like(network, x, tap.numpy())
     scores = find_logits(network, [info.name for info in model.graph.output])
     ops = Ops("g")
@@ -138,7 +142,7 @@ def test_maps_of_the_teacher_graph(name: str) -> None:
     """uint8 images in, maps out: Grad-CAM, input gradient and gradient times input; batch 1, 2, 3 and 17."""
     net, model = exported(name, True)
     by_input, tap, by_tap = judge(name, net)
-    x = network_input()
+    x = network_input(name)
     tapped = tensor_like(prepare(model, SPEC), x.float().numpy(), tap.numpy())
     expected = {
         "gradcam": cam(tap, by_tap),
@@ -151,10 +155,10 @@ def test_maps_of_the_teacher_graph(name: str) -> None:
         )
         onnx.checker.check_model(teacher, full_check=True)
         runner = session(teacher)
-        features, saliency, _ = runner.run(None, {"images": images()})
+        features, saliency, _ = runner.run(None, {"images": images(name)})
         assert np.abs(saliency - maps).max() < 1e-4
         assert np.allclose(features, tap.numpy(), atol=1e-4)
-        many = np.concatenate([images()] * 6)
+        many = np.concatenate([images(name)] * 6)
         for batch in (1, 2, 17):
             (alone,) = runner.run(["saliency"], {"images": many[:batch]})
             np.testing.assert_allclose(alone, many_maps(saliency, batch), atol=1e-4)
@@ -168,12 +172,12 @@ def many_maps(saliency: np.ndarray, batch: int) -> np.ndarray:
 def test_the_dynamo_exporter_gives_the_same_maps(name: str) -> None:
     net, older = exported(name, True)
     _, tap, _ = judge(name, net)
-    x = network_input().float().numpy()
+    x = network_input(name).float().numpy()
     maps = []
     for model in (older, dynamo(net)):
         tapped = tensor_like(prepare(model, SPEC), x, tap.numpy())
         teacher = build_teacher_graph(model, SPEC, taps={"last": tapped})
-        maps.append(session(teacher).run(["saliency"], {"images": images()})[0])
+        maps.append(session(teacher).run(["saliency"], {"images": images(name)})[0])
     np.testing.assert_allclose(maps[0], maps[1], atol=1e-4)
 
 
