@@ -175,9 +175,9 @@ def _teacher(options: argparse.Namespace) -> int:
     photographs = None
     if options.photographs:
         photographs = read_photographs(options.photographs, manifest.input.size, CHECKED_IMAGES)
-    bundle = export_teacher(
-        manifest, folder, options.out, private_key_at(options.signing_key), photographs
-    )
+    key = private_key_at(options.signing_key)
+    with stderr.status(f"Compiling {manifest.name} and holding it against float64 …"):
+        bundle = export_teacher(manifest, folder, options.out, key, photographs)
     report = msgspec.json.decode(bundle.file("report.json"))
     if options.json:
         print_json({"bundle": str(options.out), "sha256": bundle.digest, "report": report})
@@ -195,7 +195,8 @@ def _summary(report: Any) -> str:
         parts.append(f"gradient within {error:.1g} of {judge}")
     if report["saliency_error"] is not None:
         parts.append(f"maps within {report['saliency_error']:.1g}")
-    parts.append(f"half precision agrees to {report['half']['worst_cosine']:.4f}")
+    if report["half"]["worst_cosine"] is not None:
+        parts.append(f"half precision agrees to {report['half']['worst_cosine']:.4f}")
     parts.append(f"TensorRT: {report['tensorrt']['detail']}")
     return "; ".join(parts)
 

@@ -111,9 +111,24 @@ def test_the_half_precision_copy_keeps_its_types_and_agrees() -> None:
     outputs = session(half).run(None, {"images": photographs()})
     assert all(output.dtype == np.float32 for output in outputs)
     report = check_half(teacher, photographs())
+    assert report.other_class == 0
+    assert report.worst_cosine is not None
     assert report.worst_cosine >= 0.99
     assert report.agrees
     assert report.warning is None
+
+
+def test_an_image_whose_class_half_precision_changes_is_counted_apart() -> None:
+    """Two classes whose scores differ by less than float16 can tell: the first of equals wins."""
+    model = network()
+    (head,) = (tensor for tensor in model.graph.initializer if tensor.name == "v")
+    rows = np.tile(numpy_helper.to_array(head)[:1], (5, 1))
+    rows[1:] *= 1 + 1e-6 * np.sign(rows[:1]) * np.arange(1, 5)[:, None]
+    head.CopyFrom(numpy_helper.from_array(rows.astype(np.float32), "v"))
+    report = check_half(build_teacher_graph(model, SPEC, taps={"last": "p"}), photographs())
+    assert report.other_class == report.images
+    assert report.worst_cosine is None
+    assert "of no image" in (report.warning or "")
 
 
 def test_half_precision_that_overflows_is_warned_about() -> None:
