@@ -91,13 +91,15 @@ def pack(card: Card, files: Mapping[str, bytes], key: Ed25519PrivateKey) -> byte
     """The archive: members sorted by name, no times, no owners. Raises ValueError for a path as a name."""
     members = {CARD: msgspec.json.format(msgspec.json.encode(card), indent=1), **files}
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(members.items())}
-    signature = _Signature(
-        digests,
-        key_id(key.public_key()),
-        base64.b64encode(key.sign(_signed_bytes(digests))).decode(),
-    )
-    members[SIGNATURE] = msgspec.json.encode(signature)
+    proof = key.sign(_signed_bytes(digests))
+    members[SIGNATURE] = _encoded(digests, key_id(key.public_key()), proof)
     return _archive(members)
+
+
+def _encoded(digests: Mapping[str, str], key: str, proof: bytes) -> bytes:
+    """SIGNATURE, in the only way it may be written."""
+    signature = _Signature(dict(sorted(digests.items())), key, base64.b64encode(proof).decode())
+    return msgspec.json.encode(signature)
 
 
 def write(path: Path, card: Card, files: Mapping[str, bytes], key: Ed25519PrivateKey) -> Bundle:
@@ -124,10 +126,14 @@ def unpack(data: bytes, trusted: list[Ed25519PublicKey], *, name: str = "the bun
     if SIGNATURE not in members or CARD not in members:
         raise CheckFailed(f"{name} is no fedsa bundle: it has no {SIGNATURE} or no {CARD}")
     try:
-        signature = msgspec.json.decode(members.pop(SIGNATURE), type=_Signature)
+        written = members.pop(SIGNATURE)
+        signature = msgspec.json.decode(written, type=_Signature)
         proof = base64.b64decode(signature.signature, validate=True)
     except (ValueError, RecursionError) as error:
         raise CheckFailed(f"the {SIGNATURE} of {name} cannot be read: {error}") from error
+    # Base64 has bits that decode to nothing: what is not written as `pack` writes it has been changed.
+    if written != _encoded(signature.digests, signature.key, proof):
+        raise CheckFailed(f"the {SIGNATURE} of {name} is damaged: copy it again")
     key = next((k for k in trusted if key_id(k) == signature.key), None)
     if key is None:
         known = ", ".join(key_id(k) for k in trusted) or "none"

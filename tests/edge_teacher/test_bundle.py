@@ -155,6 +155,17 @@ def test_every_flipped_bit_is_noticed(position: int, bit: int) -> None:
     refused(bytes(damaged))
 
 
+def test_every_flipped_bit_of_the_signature_is_noticed() -> None:
+    """All of them: no digest covers this file, and base64 has bits that decode to nothing."""
+    begins = GOOD.index(b'{"digests"')
+    ends = GOOD.index(b"}", GOOD.index(b'"algorithm"'))
+    for position in range(begins, ends + 1):
+        for bit in range(8):
+            damaged = bytearray(GOOD)
+            damaged[position] ^= 1 << bit
+            refused(bytes(damaged))
+
+
 def test_a_flipped_bit_in_every_block_s_padding_is_noticed() -> None:
     for position in range(511, len(GOOD), 512):
         damaged = bytearray(GOOD)

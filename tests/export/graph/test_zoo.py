@@ -119,15 +119,18 @@ def test_gradients(name: str, trained: bool) -> None:
     assert per_image(got_input, by_input.numpy()) <= 1e-5
 
 
-def cam(tap: Tensor, gradient: Tensor) -> np.ndarray:
-    """Grad-CAM as docs/saliency.md defines it, from maps or tokens with a class token."""
+def pixels(tap: Tensor) -> Tensor:
+    """Maps or tokens with a class token as [N, C, h, w], which is how every teacher gives them."""
     if tap.dim() == 3:
         side = int((tap.shape[1] - 1) ** 0.5)
-        tap, gradient = (
-            t[:, 1:].transpose(1, 2).unflatten(2, (side, side)) for t in (tap, gradient)
-        )
-    elif tap.shape[1] == tap.shape[2] != tap.shape[3]:
-        tap, gradient = tap.permute(0, 3, 1, 2), gradient.permute(0, 3, 1, 2)
+        return tap[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+    channels_last = tap.shape[1] == tap.shape[2] != tap.shape[3]
+    return tap.permute(0, 3, 1, 2) if channels_last else tap
+
+
+def cam(tap: Tensor, gradient: Tensor) -> np.ndarray:
+    """Grad-CAM as docs/saliency.md defines it."""
+    tap, gradient = pixels(tap), pixels(gradient)
     maps = (gradient.mean((2, 3), keepdim=True) * tap).sum(1).relu()
     return unit(maps)
 
@@ -157,7 +160,7 @@ def test_maps_of_the_teacher_graph(name: str) -> None:
         runner = session(teacher)
         features, saliency, _ = runner.run(None, {"images": images(name)})
         assert np.abs(saliency - maps).max() < 1e-4
-        assert np.allclose(features, tap.numpy(), atol=1e-4)
+        assert np.allclose(features, pixels(tap).numpy(), atol=1e-4)
         many = np.concatenate([images(name)] * 6)
         for batch in (1, 2, 17):
             (alone,) = runner.run(["saliency"], {"images": many[:batch]})
