@@ -218,8 +218,7 @@ class TestFaults:
         def drop_after_two(message: Message) -> list[Message]:
             if channel_of(message) == "ctl" and not forgotten:
                 forgotten.append(True)
-                here.server._cache.clear()
-                here.server._cached_bytes = 0
+                here.server._answers.clear()
             return [message]
 
         forgotten: list[bool] = []

@@ -151,7 +151,7 @@ def test_the_answer_cache_is_bounded_in_bytes() -> None:
         peer.wait(8)
         # The two newest were remembered, the oldest had to be computed again.
         assert len(here.device.executed) == 6
-        assert here.server._cached_bytes <= 300_000
+        assert here.server._answers.nbytes <= 300_000
 
 
 @pytest.mark.parametrize(
