@@ -160,7 +160,11 @@ def main() -> None:
         }
         print(f"broker: {broker.name}; grpcio {grpc.__version__}; {chosen.rounds} rounds")
         taken = {}
-        for name, count, times in (("1 kB", 1024, 100), ("8 MB", 8 * MIB, 1), ("32 MB", 32 * MIB, 1)):
+        for name, count, times in (
+            ("1 kB", 1024, 100),
+            ("8 MB", 8 * MIB, 1),
+            ("32 MB", 32 * MIB, 1),
+        ):
             taken[name] = interleaved(asks, count, chosen.rounds, times)
             for peer, s in taken[name].items():
                 print(f"{name:>6} {peer:>6}: {s * 1e3:8.2f} ms {count / s / 1e6:8.1f} MB/s")
