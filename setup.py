@@ -10,7 +10,7 @@ EDGE = [
     "cryptography>=42",
     "msgspec>=0.19",
     "numpy>=1.26",
-    "paho-mqtt>=2.1,<3",
+    "paho-mqtt>=2.1,<2.3",
 ]
 # On a Jetson the runtime may come from JetPack instead, so it is not part of the base requirements.
 RUNTIME = ["onnxruntime>=1.18"]

@@ -31,7 +31,7 @@ _PORT = 1883
 
 
 def control_over_slow_link() -> float | None:
-    """The 99th percentile in ms of 1 kB round trips during one answer of 32 MiB; None where it cannot be had."""
+    """p99 in ms of 1 kB round trips during one answer of 32 MiB; None where it cannot be measured."""
     missing = [tool for tool in ("ip", "tc", "mosquitto") if not _find(tool)]
     if os.geteuid() != 0 or missing:
         why = f"{', '.join(missing)} is missing" if missing else "only root makes namespaces"

@@ -94,7 +94,7 @@ class Caller:
         self._watch = threading.Thread(target=self._watch_deadlines, name="rpc-watch", daemon=True)
         self._watch.start()
         for connection in {id(t): t for t in (transport, self._bulk)}.values():
-            connection.on_connect(self._ask_all_again)
+            connection.on_connect(self._ask_again)
 
     @property
     def wire(self) -> dict[str, dict[str, WireBytes]]:
@@ -226,9 +226,10 @@ class Caller:
             )
 
     def device_back(self, device: str) -> None:
-        """The device may be asked again."""
+        """The device may be asked again: also what was on its way when its connection broke."""
         with self._lock:
             self._gone.pop(device, None)
+        self._ask_again(device)
 
     def close(self) -> None:
         self._closed.set()
@@ -252,11 +253,15 @@ class Caller:
         # A retry is worth only what is left: later, nobody waits for what it would compute.
         left = max(1, math.ceil(pending.deadline - time.monotonic()))
         large = len(request.payload) > BULK_ABOVE_BYTES
+        # An acknowledgement proves no delivery, only the answer does: the first try goes without,
+        # which makes a round trip a third faster.
+        qos = 0 if pending.first_try and not large and self._transport.connected else 1
+        pending.first_try = False
         if large and self._minors.get(pending.device, 0) >= BULK_SINCE:
             topic = topics.put(pending.device, pending.method)
             self._bulk.publish(replace(request, topic=topic, expiry_s=left))
         else:
-            self._transport.publish(replace(request, expiry_s=left))
+            self._transport.publish(replace(request, expiry_s=left, qos=qos))
 
     def _control(self, pending: Pending, control: Control, *, qos: int = 1) -> None:
         payload = frame.encode(control)
@@ -404,11 +409,13 @@ class Caller:
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────
 
-    def _ask_all_again(self) -> None:
+    def _ask_again(self, device: str | None = None) -> None:
         """After a reconnection: what was on its way may be lost, so do not wait for the silence to tell."""
         now = time.monotonic()
         with self._lock:
             for pending in self._pending.values():
+                if device not in (None, pending.device):
+                    continue
                 if pending.sent and not pending.waits_for_memory and pending.busy is None:
                     pending.tries = 0
                     pending.next_try = now + random.uniform(0, self._tick_s)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from paho.mqtt.client import Client, MQTTMessage, MQTTMessageInfo
+from paho.mqtt.client import Client, MQTTMessageInfo
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -21,6 +21,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from edge_teacher.contract.errors import TooLarge, Unreachable
 from edge_teacher.contract.limits import MAX_PACKET_BYTES
 from edge_teacher.rpc.address import BrokerAddress
+from edge_teacher.rpc.paho_client import FastClient, PackedProperties
 from edge_teacher.rpc.transport import Handler, Message, deliver, matches
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ behind, 100 ms of it at 10 Mbit/s."""
 _FLUSH_S = 5.0
 
 
-def _properties(message: Message, packet: int = PacketTypes.PUBLISH) -> Properties:
+def _properties(message: Message, packet: int) -> Properties:
     properties = Properties(packet)  # type: ignore[no-untyped-call]  # paho leaves it untyped
     if message.response_topic:
         properties.ResponseTopic = message.response_topic
@@ -44,20 +45,6 @@ def _properties(message: Message, packet: int = PacketTypes.PUBLISH) -> Properti
     if message.user:
         properties.UserProperty = list(message.user.items())
     return properties
-
-
-def _message(received: MQTTMessage) -> Message:
-    properties = received.properties
-    return Message(
-        topic=received.topic,
-        payload=bytes(received.payload),
-        qos=received.qos,
-        retain=received.retain,
-        response_topic=getattr(properties, "ResponseTopic", ""),
-        correlation=getattr(properties, "CorrelationData", b""),
-        expiry_s=getattr(properties, "MessageExpiryInterval", None),
-        user=dict(getattr(properties, "UserProperty", [])),
-    )
 
 
 def _acknowledged(published: MQTTMessageInfo) -> bool:
@@ -102,12 +89,14 @@ class PahoTransport:
         self._last_published: MQTTMessageInfo | None = None
         self._lock = threading.Lock()
         self._refusal = ""
-        self._client = Client(
-            CallbackAPIVersion.VERSION2, client_id=client_id, protocol=MQTTProtocolVersion.MQTTv5
+        self._client = FastClient(
+            self._on_message,
+            CallbackAPIVersion.VERSION2,
+            client_id=client_id,
+            protocol=MQTTProtocolVersion.MQTTv5,
         )
         self._client.on_connect = self._on_connect
         self._client.on_disconnect = self._on_disconnect
-        self._client.on_message = self._on_message
         self._client.on_subscribe = self._on_subscribe
         self._client.on_publish = self._on_publish
         self._client.on_socket_open = self._on_socket_open
@@ -119,7 +108,7 @@ class PahoTransport:
         if will is not None:
             self._client.will_set(
                 will.topic,
-                will.payload,
+                bytes(will.payload),
                 will.qos,
                 will.retain,
                 _properties(will, PacketTypes.WILLMESSAGE),
@@ -187,8 +176,10 @@ class PahoTransport:
                 f"a message of {len(message.payload)} bytes exceeds the packet size of "
                 f"{MAX_PACKET_BYTES}; send it in chunks"
             )
+        properties: Any = PackedProperties(message)
+        payload: Any = message.payload
         published = self._client.publish(
-            message.topic, message.payload, message.qos, message.retain, _properties(message)
+            message.topic, payload, message.qos, message.retain, properties
         )
         if message.qos:
             with self._lock:
@@ -233,6 +224,7 @@ class PahoTransport:
         with self._lock:
             # Together: an action added meanwhile is run here or by who adds it, never by both.
             self._connected.set()
+            self._client.may_write_directly = not self._address.tls
             actions = list(self._connect_actions)
         self._answered.set()
         for action in actions:
@@ -243,6 +235,7 @@ class PahoTransport:
                 log.exception("an announcement after connecting to %s failed", self._address)
 
     def _on_disconnect(self, _c: Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
+        self._client.may_write_directly = False
         self._connected.clear()
         self._lost = True
         with self._lock:
@@ -295,8 +288,7 @@ class PahoTransport:
             except Exception:
                 log.exception("sending on to %s failed", self._address)
 
-    def _on_message(self, _c: Client, _u: Any, received: MQTTMessage) -> None:
-        message = _message(received)
+    def _on_message(self, message: Message) -> None:
         with self._lock:
             handlers = [h for f, h in self._handlers if matches(f, message.topic)]
         deliver(handlers, message)

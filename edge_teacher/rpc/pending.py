@@ -65,6 +65,7 @@ class Pending:
     sent: bool = False
     """Not while too many others are outstanding at the device."""
     sent_at: float = 0.0
+    first_try: bool = True
     next_try: float = float("inf")
     tries: int = 0
     """In vain, since the last sign of the device."""

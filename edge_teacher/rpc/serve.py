@@ -23,7 +23,7 @@ from edge_teacher.contract.errors import (
     RuntimeFailed,
     TooLarge,
 )
-from edge_teacher.contract.limits import CHUNK_ABOVE_BYTES, Limits
+from edge_teacher.contract.limits import BULK_ABOVE_BYTES, CHUNK_ABOVE_BYTES, Limits
 from edge_teacher.contract.messages import Control, Problem
 from edge_teacher.contract.versions import BULK_SINCE, minor_of
 from edge_teacher.rpc.answer_cache import AnswerCache, Answered
@@ -142,7 +142,7 @@ class Server:
             self._refuse(key, error)
             return
         if done is not None:
-            self._send(key, done)
+            self._send(key, done, again=True)
 
     def _admit(self, key: Key, message: Message) -> None:
         parsed = topics.parse(message.topic)
@@ -292,11 +292,15 @@ class Server:
         problem = Problem(code=error.code, message=str(error), retry_after_s=error.retry_after_s)
         self._publish(self._transport, key.respond_to, key, error.code, frame.encode(problem))
 
-    def _send(self, key: Key, done: Answered) -> None:
+    def _send(self, key: Key, done: Answered, *, again: bool = False) -> None:
         if done.sha256:
             self._outbox.begin(key, done)
         else:
-            self._publish(self._transport, key.respond_to, key, 200, done.payload.join())
+            # If it is lost, the request comes again; only then is the acknowledgement worth its time.
+            small = done.payload.nbytes <= BULK_ABOVE_BYTES
+            qos = 0 if small and not again and self._transport.connected else 1
+            payload = done.payload.join()
+            self._publish(self._transport, key.respond_to, key, 200, payload, qos=qos)
 
     def _publish_chunk(self, key: Key, answer: Answered, chunk: bytes) -> None:
         asker = topics.parse(key.respond_to)
@@ -305,12 +309,20 @@ class Server:
         self._publish(self._bulk, topic, key, 206, chunk)
 
     def _publish(
-        self, transport: Transport, topic: str, key: Key, status: int, payload: bytes
+        self,
+        transport: Transport,
+        topic: str,
+        key: Key,
+        status: int,
+        payload: bytes,
+        *,
+        qos: int = 1,
     ) -> None:
         transport.publish(
             Message(
                 topic=topic,
                 payload=payload,
+                qos=qos,
                 correlation=key.correlation,
                 user={"status": str(status), "v": PROTOCOL, "src": self._device},
             )

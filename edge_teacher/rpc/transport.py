@@ -15,7 +15,7 @@ class Message:
     """An MQTT 5 PUBLISH (OASIS MQTT 5.0, section 3.3), as far as the contract uses it."""
 
     topic: str
-    payload: bytes | bytearray
+    payload: bytes | bytearray | memoryview
     qos: int = 1
     retain: bool = False
     response_topic: str = ""
