@@ -11,7 +11,7 @@ import re
 from edge_teacher.contract import PROTOCOL
 from edge_teacher.contract.errors import Malformed
 
-_VERSION = re.compile(r"(\d{1,4})\.(\d{1,4})")
+_VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})")
 _MAJOR = int(PROTOCOL.split(".")[0])
 
 BULK_SINCE = 1

@@ -1,7 +1,7 @@
 """Two connections of one client: control, pings and small queries never wait behind data.
 
-The bulk connection is `<client id>+bulk`: an id that no device and no coordinator can have, so that
-it meets nobody's. A broker that gives both connections one id (mosquitto's `use_username_as_clientid`)
+The bulk connection is `<client id>:bulk`: an id that no device and no coordinator can have, so that
+it meets nobody's, and without `+`, `#` or `/`, for which mosquitto's pattern rules would shut it out. A broker that gives both connections one id (mosquitto's `use_username_as_clientid`)
 lets only one of them live; then everything travels on it, which is slower and not wrong.
 """
 
@@ -17,7 +17,7 @@ from edge_teacher.rpc.transport import Message, Transport
 
 log = logging.getLogger(__name__)
 
-BULK_SUFFIX = "+bulk"
+BULK_SUFFIX = ":bulk"
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class ServerPlay(Play):
         for name in ("ada", "bob"):
             self.peer.subscribe(topics.responses(name), self.heard.note)
             self.peer.subscribe(topics.all_data(name), self.heard.note)
-        control, bulk = connect(DEVICE), connect(DEVICE + "+bulk")
+        control, bulk = connect(DEVICE), connect(DEVICE + ":bulk")
         self.server = Server(
             control,
             DEVICE,
@@ -213,7 +213,7 @@ class ClientPlay(Play):
         self.peer = connect("peer")
         for topic_filter in (topics.requests(DEVICE), topics.puts(DEVICE), topics.control(DEVICE)):
             self.peer.subscribe(topic_filter, self.heard.note)
-        control, bulk = connect("ada"), connect("ada+bulk")
+        control, bulk = connect("ada"), connect("ada:bulk")
         options: dict[str, Any] = {"retry_s": 30, "tick_s": 0.02, **prologue}
         self.caller = Caller(control, "ada", bulk=bulk, **options)
         ends.callback(lambda: [t.close() for t in (self.peer, control, bulk)])

@@ -42,7 +42,7 @@ def connect(request: pytest.FixtureRequest) -> Connect:
         memory = MemoryBroker()
         return lambda _client_id: memory.connect()
     address = request.getfixturevalue("broker").address
-    return lambda client_id: PahoTransport(address, client_id, bulk=client_id.endswith("+bulk"))
+    return lambda client_id: PahoTransport(address, client_id, bulk=client_id.endswith(":bulk"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])

@@ -217,7 +217,7 @@ def test_a_broker_whose_queues_overflow(ground: Ground) -> None:
     assert caller.wire[DEVICE]["echo"].sent > once + 10_000
 
 
-@pytest.mark.parametrize("victim", [DEVICE, DEVICE + "+bulk", "ada", "ada+bulk"])
+@pytest.mark.parametrize("victim", [DEVICE, DEVICE + ":bulk", "ada", "ada:bulk"])
 def test_another_client_takes_the_session_over(ground: Ground, victim: str) -> None:
     broker = ground.start_broker()
     ground.device(broker.port)
