@@ -48,6 +48,8 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class TensorSpec(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One tensor of a frame, as its header has it."""
+
     name: str
     dtype: str
     shape: tuple[int, ...]

@@ -1,8 +1,9 @@
 """Two connections of one client: control, pings and small queries never wait behind data.
 
 The bulk connection is `<client id>:bulk`: an id that no device and no coordinator can have, so that
-it meets nobody's, and without `+`, `#` or `/`, for which mosquitto's pattern rules would shut it out. A broker that gives both connections one id (mosquitto's `use_username_as_clientid`)
-lets only one of them live; then everything travels on it, which is slower and not wrong.
+it meets nobody's, and without `+`, `#` or `/`, for which mosquitto's pattern rules would shut it out. A
+broker that gives both connections one id (mosquitto's `use_username_as_clientid`) lets only one of them
+live; then everything travels on it, which is slower and not wrong.
 """
 
 from __future__ import annotations
