@@ -13,6 +13,9 @@ from edge_teacher.contract.errors import Malformed, TooLarge
 from edge_teacher.contract.limits import CHUNK_BYTES
 from edge_teacher.contract.messages import Chunk
 
+WINDOW = 2
+"""Chunks sent before the first credit arrives, and the most that one message can grant."""
+
 
 def ranges(total_bytes: int) -> Iterator[tuple[int, int]]:
     """(offset, length) of every chunk of a frame."""

@@ -332,8 +332,9 @@ class Caller:
             return None
         pending.heard(self._retry_s)
         if pending.parts.missing:
-            # Lost, it is made good by the next ranges: no need for an acknowledgement of each.
-            self._control(pending, pending.control("credit", credits=1), qos=0)
+            if credits := pending.credits_due(self.traffic.speed(pending.device)):
+                # Lost, they are made good by the next ranges: no need for an acknowledgement.
+                self._control(pending, pending.control("credit", credits=credits), qos=0)
             return None
         try:
             whole = pending.parts.whole()
@@ -356,7 +357,7 @@ class Caller:
             pending.next_try = math.inf
             return False
         pending.parts = Reassembly(chunk, self._most_bytes)
-        pending.first_chunk_at = time.monotonic()
+        pending.begin_window()
         pending.waits_for_memory = False
         return True
 
@@ -443,6 +444,7 @@ class Caller:
         try:
             parts = pending.parts
             if ranges and parts is not None and (missing := parts.missing[:16]):
+                pending.allow_again()
                 self._control(pending, pending.control("resend", ranges=missing))
             else:
                 self._send(pending)

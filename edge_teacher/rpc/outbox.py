@@ -14,11 +14,9 @@ from dataclasses import dataclass, field
 from edge_teacher.contract.limits import CHUNK_BYTES
 from edge_teacher.rpc import chunks
 from edge_teacher.rpc.answer_cache import Answered
+from edge_teacher.rpc.chunks import WINDOW
 from edge_teacher.rpc.fair_queue import Key
 from edge_teacher.rpc.transport import Transport
-
-WINDOW = 2
-"""Chunks sent before the first credit arrives, and the most that one message can grant."""
 
 Publish = Callable[[Key, Answered, bytes], None]
 

@@ -19,18 +19,16 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_teacher.contract.errors import TooLarge, Unreachable
-from edge_teacher.contract.limits import MAX_PACKET_BYTES
+from edge_teacher.contract.limits import CHUNK_BYTES, MAX_PACKET_BYTES
 from edge_teacher.rpc.address import BrokerAddress
 from edge_teacher.rpc.paho_client import FastClient, PackedProperties
+from edge_teacher.rpc.socket_buffers import SocketBuffers
 from edge_teacher.rpc.transport import Handler, Message, deliver, matches
 
 log = logging.getLogger(__name__)
 
 _RECEIVE_MAXIMUM = 64
-_MOST_CHUNKS_UNACKNOWLEDGED = 4
-_BULK_SOCKET_BYTES = 128 * 1024
-"""What the kernel may hold of a bulk connection's data: on a slow link it is what everything waits
-behind, 100 ms of it at 10 Mbit/s."""
+_MOST_CHUNKS_UNACKNOWLEDGED = 10
 _FLUSH_S = 5.0
 
 
@@ -77,7 +75,7 @@ class PahoTransport:
     ) -> None:
         """Connects, or raises Unreachable with the reason. `bulk`: it carries the large messages."""
         self._address = address
-        self._bulk = bulk
+        self._buffers = SocketBuffers() if bulk else None
         self._unacknowledged: deque[MQTTMessageInfo] = deque()
         self._room_actions: list[Callable[[], None]] = []
         self._handlers: list[tuple[str, Handler]] = []
@@ -267,9 +265,8 @@ class PahoTransport:
         # A TLS socket and a Unix socket may refuse; both work without.
         with contextlib.suppress(OSError, AttributeError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._bulk:
-                for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                    connection.setsockopt(socket.SOL_SOCKET, buffer, _BULK_SOCKET_BYTES)
+            if self._buffers is not None:
+                self._buffers.opened(connection)
 
     def _count_unacknowledged(self) -> int:
         """The broker acknowledges in order."""
@@ -279,6 +276,8 @@ class PahoTransport:
         return len(waiting)
 
     def _on_publish(self, _c: Client, _u: Any, _m: int, _r: ReasonCode, _p: Any) -> None:
+        if self._buffers is not None:
+            self._buffers.moved(CHUNK_BYTES)
         # paho notes this acknowledgement after it has called: the room it makes is seen at the next.
         with self._lock:
             actions = list(self._room_actions)
@@ -289,6 +288,8 @@ class PahoTransport:
                 log.exception("sending on to %s failed", self._address)
 
     def _on_message(self, message: Message) -> None:
+        if self._buffers is not None:
+            self._buffers.moved(len(message.payload))
         with self._lock:
             handlers = [h for f, h in self._handlers if matches(f, message.topic)]
         deliver(handlers, message)

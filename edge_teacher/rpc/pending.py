@@ -10,11 +10,18 @@ from dataclasses import dataclass, field
 
 from edge_teacher.contract.errors import Busy
 from edge_teacher.contract.frame import Payload
+from edge_teacher.contract.limits import CHUNK_BYTES
 from edge_teacher.contract.messages import Control
-from edge_teacher.rpc.chunks import Reassembly
+from edge_teacher.rpc.chunks import WINDOW, Reassembly
 from edge_teacher.rpc.transport import Message
 
 MOST_DOUBLINGS = 3
+
+WINDOW_S = 0.1
+"""How long the chunks on their way should keep the link busy."""
+
+WIDEST_WINDOW = 8
+"""Chunks on their way at most: what a broker has to hold of one answer."""
 
 
 def backoff(first_s: float, tries: int) -> float:
@@ -73,6 +80,9 @@ class Pending:
     """What the device said last, if it was that."""
     parts: Reassembly | None = None
     first_chunk_at: float = 0.0
+    allowed: int = 0
+    """Chunks the device may send, by the credits it has been given, and those it needs none for."""
+    came: int = 0
     waits_for_memory: bool = False
     over: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -86,6 +96,27 @@ class Pending:
             respond_to=self.request.response_topic,
             **more,  # type: ignore[arg-type]
         )
+
+    def begin_window(self) -> None:
+        self.first_chunk_at = time.monotonic()
+        self.allowed, self.came = WINDOW, 0
+
+    def allow_again(self) -> None:
+        """After silence: of what was allowed and did not come, nothing may be on its way any more."""
+        self.allowed = self.came + WINDOW
+
+    def credits_due(self, bytes_per_s: float | None) -> int:
+        """For the chunk that has just come: as many as keep the link busy for WINDOW_S, and no more."""
+        self.came += 1
+        if self.parts is None:
+            return 0
+        seconds = time.monotonic() - self.first_chunk_at
+        speed = bytes_per_s or (self.came * CHUNK_BYTES / seconds if self.came > 2 else 0.0)
+        window = min(WIDEST_WINDOW, max(WINDOW, int(speed * WINDOW_S / CHUNK_BYTES)))
+        on_their_way = max(0, self.allowed - self.came)
+        due = min(WINDOW, window - on_their_way, len(self.parts.missing) - on_their_way)
+        self.allowed += max(0, due)
+        return max(0, due)
 
     def heard(self, retry_s: float) -> None:
         self.tries = 0
