@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 
 import msgspec
@@ -85,17 +87,27 @@ class Questions:
                 outstanding[number] = block
                 yield self._body(block, asked)
 
-        # One that comes early waits for those before it; at most as many as are outstanding.
-        early: dict[int, tuple[Answered, NDArray[np.float32]]] = {}
-        due = 0
-        for number, future in self._caller.answers(
+        arriving = self._caller.answers(
             self.device,
             method,
             bodies(),
             outstanding=OUTSTANDING,
             timeout_s=self._timeout_s,
             packed=encoding.packed,
-        ):
+        )
+        with closing(arriving):  # an error, or nobody who wants the rest: the device is told
+            yield from self._in_order(arriving, outstanding, asked)
+
+    def _in_order(
+        self,
+        arriving: Iterator[tuple[int, Future[Payload]]],
+        outstanding: dict[int, Images],
+        asked: _Asked,
+    ) -> Iterator[tuple[Answered, NDArray[np.float32]]]:
+        # One that comes early waits for those before it; at most as many as are outstanding.
+        early: dict[int, tuple[Answered, NDArray[np.float32]]] = {}
+        due = 0
+        for number, future in arriving:
             block = outstanding.pop(number)
             try:
                 payload = future.result()
@@ -104,7 +116,11 @@ class Questions:
                 self._sent.discard(image_block_id(block))
                 body = self._body(block, asked)
                 payload = self._caller.submit(
-                    self.device, method, body, timeout_s=self._timeout_s, packed=encoding.packed
+                    self.device,
+                    asked.method,
+                    body,
+                    timeout_s=self._timeout_s,
+                    packed=asked.encoding.packed,
                 ).result()
             early[number] = self._answer(payload, block, asked)
             while due in early:

@@ -122,7 +122,7 @@ class AnswerCache:
     def _evict(self) -> None:
         if self._bytes <= self._limits.answer_cache_bytes:
             return
-        for key in list(self._held):
+        for key in list(self._held)[:-1]:  # the newest may be asked for again at once
             if self._bytes <= self._limits.answer_cache_bytes:
                 return
             if key not in self._on_their_way:

@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
@@ -183,7 +183,7 @@ class Caller:
         outstanding: int = 2,
         timeout_s: float = 60,
         packed: bool = False,
-    ) -> Iterator[tuple[int, Future[Payload]]]:
+    ) -> Generator[tuple[int, Future[Payload]], None, None]:
         """(number of the question, its finished future), as the answers come.
 
         A body is taken from `bodies` only when it is about to be sent. Closing the iterator cancels
@@ -427,12 +427,19 @@ class Caller:
             with self._lock:
                 waiting = list(self._pending.values())
             for pending in waiting:
-                if now >= pending.deadline:
-                    seconds = pending.request.expiry_s
-                    silence = f"{pending.device} did not answer {pending.method} within {seconds} s"
-                    self._withdraw(pending, pending.busy or Unreachable(silence))
-                elif now >= pending.next_try and self._transport.connected:
-                    self._try_again(pending)
+                try:
+                    self._look_at(pending, now)
+                except Exception:
+                    # One question that cannot be sent must not end the watch over all others.
+                    log.exception("asking %s again failed", pending.device)
+
+    def _look_at(self, pending: Pending, now: float) -> None:
+        if now >= pending.deadline:
+            seconds = pending.request.expiry_s
+            silence = f"{pending.device} did not answer {pending.method} within {seconds} s"
+            self._withdraw(pending, pending.busy or Unreachable(silence))
+        elif now >= pending.next_try and self._transport.connected:
+            self._try_again(pending)
 
     def _try_again(self, pending: Pending) -> None:
         # The missing ranges and the whole question take turns: a device that has restarted, or has

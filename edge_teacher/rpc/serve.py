@@ -229,21 +229,31 @@ class Server:
                 continue
             began = time.monotonic()
             try:
-                self._answer(job)
-            except RpcError as error:
-                self._refuse(job.key, error)
-            except Exception as error:
-                # A worker outlives every request; the asker learns what happened.
-                log.exception("%s failed", job.method)
-                self._refuse(
-                    job.key, RuntimeFailed(f"{job.method} failed on {self._device}: {error}")
-                )
+                self._answer_or_refuse(job)
+            except Exception:
+                # Not even the refusal could be sent. A worker outlives that too.
+                log.exception("the end of %s could not be told", job.method)
             took = time.monotonic() - began
-            self._service_s = (
-                took if self._service_s is None else self._service_s * 0.8 + took * 0.2
-            )
+            before = self._service_s
+            self._service_s = took if before is None else before * 0.8 + took * 0.2
 
-    def _answer(self, job: Job) -> None:
+    def _answer_or_refuse(self, job: Job) -> None:
+        try:
+            done = self._answer(job)
+        except RpcError as error:
+            self._refuse(job.key, error)
+        except Exception as error:
+            # A worker outlives every request; the asker learns what happened.
+            log.exception("%s failed", job.method)
+            self._refuse(job.key, RuntimeFailed(f"{job.method} failed on {self._device}: {error}"))
+        else:
+            if (
+                done is not None
+            ):  # it is remembered: if this fails, the retry is answered from there
+                self._send(job.key, done)
+
+    def _answer(self, job: Job) -> Answered | None:
+        """Compute and remember it; None where nobody wants it any more."""
         if job.deadline is not None and time.monotonic() > job.deadline:
             raise _late(job)
         method = self._methods[job.method]
@@ -266,9 +276,9 @@ class Server:
             self._known.pop(job.key, None)
             if job.withdrawn:
                 self._answers.finish(job.key)
-                return
+                return None
         self.counters.answered += 1
-        self._send(job.key, done)
+        return done
 
     def _as_sent(self, job: Job, payload: frame.Encoded) -> Answered:
         if payload.nbytes <= CHUNK_ABOVE_BYTES:

@@ -63,6 +63,7 @@ def test_what_is_on_its_way_is_held_until_nobody_waits(clock: Clock) -> None:
     cache.put(key("large"), answer(100, until=NOW + 30), wait_until=NOW)
     cache.put(key("b"), answer(10), wait_until=NOW)
     assert cache.get(key("large")) is not None
+    assert cache.get(key("b")) is not None
     clock.now += 31
     assert cache.get(key("large")) is None
     assert cache.nbytes <= 25
