@@ -66,7 +66,7 @@ class AnswerCache:
         with self._changed:
             while True:
                 self._expire()
-                taken = sum(a.payload.nbytes for a in self._on_their_way.values())
+                taken = self._bytes_on_their_way()
                 if not taken or taken + size <= self._limits.max_outgoing_bytes:
                     break
                 left = wait_until - time.monotonic()
@@ -120,13 +120,19 @@ class AnswerCache:
         return itertools.takewhile(lambda item: wanted(item[1]), self._held.items())
 
     def _evict(self) -> None:
-        if self._bytes <= self._limits.answer_cache_bytes:
+        """What is on its way counts apart: a large answer must not displace what others may ask again."""
+        over = self._bytes - self._bytes_on_their_way() - self._limits.answer_cache_bytes
+        if over <= 0:
             return
         for key in list(self._held)[:-1]:  # the newest may be asked for again at once
-            if self._bytes <= self._limits.answer_cache_bytes:
+            if over <= 0:
                 return
             if key not in self._on_their_way:
+                over -= self._held[key].payload.nbytes
                 self._drop(key)
+
+    def _bytes_on_their_way(self) -> int:
+        return sum(answer.payload.nbytes for answer in self._on_their_way.values())
 
     def _drop(self, key: Key) -> None:
         self._on_their_way.pop(key, None)
