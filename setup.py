@@ -10,12 +10,13 @@ EDGE = [
     "cryptography>=42",
     "msgspec>=0.19",
     "numpy>=1.26",
-    "paho-mqtt>=2.1,<3",
+    "paho-mqtt>=2.1,<2.3",
 ]
 # On a Jetson the runtime may come from JetPack instead, so it is not part of the base requirements.
 RUNTIME = ["onnxruntime>=1.18"]
 COORDINATOR = [
     *RUNTIME,
+    "zstandard>=0.22",
     "iotcore>=0.4,<0.5",
     "jinja2>=3.1",
     "onnx>=1.18",
@@ -25,13 +26,19 @@ COORDINATOR = [
     "sympy>=1.13",
     "torch>=2.9",
 ]
+# Packed answers: worth having on a slow link, and offered only where it is installed.
+ZSTD = ["zstandard>=0.22"]
+# Peers that the transport is measured against.
+BENCHMARKS = ["grpcio>=1.60"]
 TEST = [
     "hypothesis>=6.100",
     "import-linter>=2.1",
     "mypy>=1.14",
     "pytest>=8.2",
     "pytest-timeout>=2.3",
+    "pyyaml>=6",
     "ruff>=0.9",
+    "types-pyyaml>=6",
 ]
 
 setup(
@@ -47,6 +54,8 @@ setup(
     install_requires=EDGE,
     extras_require={
         "edge": RUNTIME,
+        "zstd": ZSTD,
+        "benchmarks": BENCHMARKS,
         "coordinator": COORDINATOR,
         "test": [*COORDINATOR, *TEST],
     },

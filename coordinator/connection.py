@@ -1,4 +1,4 @@
-"""The coordinator's connection: one transport, what it asks through, and who is there."""
+"""The coordinator's connection: control and data apart, what it asks through, and who is there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from coordinator.fleet import Fleet
 from edge_teacher.contract.topics import check_name
 from edge_teacher.rpc.address import BrokerAddress
 from edge_teacher.rpc.invoke import Caller
-from edge_teacher.rpc.paho import PahoTransport
+from edge_teacher.rpc.pair import connect_pair
 
 DEFAULT_NAME = "coordinator"
 
@@ -36,8 +36,8 @@ def connect(
     # A certificate's CN is the client id; without one, two commands may run under one name.
     client_id = name if address.certificate else f"{name}-{secrets.token_hex(4)}"
     with ExitStack() as stack:
-        transport = PahoTransport(address, client_id)
-        stack.callback(transport.close)
-        caller = Caller(transport, name)
+        pair = connect_pair(address, client_id)
+        stack.callback(pair.close)
+        caller = Caller(pair.control, name, bulk=pair.bulk)
         stack.callback(caller.close)
-        yield Connection(address, broker or str(address), caller, Fleet(transport, caller))
+        yield Connection(address, broker or str(address), caller, Fleet(pair.control, caller))

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from coordinator.config import Config
 from coordinator.connection import Connection
 from coordinator.data import LabelledImages, TaskData
+from coordinator.encodings import EncodingLedger
 from coordinator.fleet import Device
 from coordinator.packaging import PackagedStudent, next_version, package_student
 from coordinator.parallel import in_parallel
@@ -95,7 +96,8 @@ def run_task(
     began = time.monotonic()
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     cache = AnswerCache(run.cache)
-    teachers = {d.name: RemoteTeacher(connection.caller, d.card, cache) for d in devices}
+    ledger = EncodingLedger()
+    teachers = {d.name: RemoteTeacher(connection.caller, d.card, cache, ledger) for d in devices}
     result = train(run.config, run.data, teachers, run.folder, progress)
     timings.seconds.update({stage: round(s, 2) for stage, s in result.seconds.items()})
 
@@ -135,6 +137,7 @@ def run_task(
                 device: {m: Traffic(sent=b.sent, received=b.received) for m, b in methods.items()}
                 for device, methods in sorted(connection.caller.wire.items())
             },
+            encodings=ledger.costs(),
             seconds={**timings.seconds, TOTAL: round(total, 2)},
             config=msgspec.to_builtins(run.config),
             software={

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.encodings import Came, Encoding, EncodingLedger, choose
 from coordinator.uploads import upload
-from edge_teacher.contract import frame
+from edge_teacher.contract import quantised
 from edge_teacher.contract.errors import Malformed, NotFound
+from edge_teacher.contract.frame import Payload
 from edge_teacher.contract.images import Images, blocks, check_images, image_block_id
 from edge_teacher.contract.messages import Answered, Card, PutImages, Received
 from edge_teacher.rpc.invoke import Caller
@@ -24,55 +27,130 @@ Query = Callable[[str], msgspec.Struct]
 """Block id -> the query about it."""
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """One round of questions: the same method and the same encoding for all blocks."""
+
+    method: str
+    query: Query
+    tensor: str
+    encoding: Encoding
+    adaptive: bool
+    link_bytes_per_s: float | None
+
+    def about(self, block_id: str) -> msgspec.Struct:
+        query = self.query(block_id)
+        return msgspec.structs.replace(query, dtype=self.encoding.dtype) if self.adaptive else query
+
+
 class Questions:
     """A device's ear. Not thread-safe: one thread asks one device."""
 
-    def __init__(self, caller: Caller, card: Card, *, timeout_s: float = 120) -> None:
+    def __init__(
+        self,
+        caller: Caller,
+        card: Card,
+        *,
+        timeout_s: float = 120,
+        ledger: EncodingLedger | None = None,
+    ) -> None:
+        """`ledger` is told what each adaptive answer travelled as."""
         self.device = card.device
+        self._card = card
         self._caller = caller
         self._limits = card.limits
         self._timeout_s = timeout_s
+        self._ledger = ledger
         self._sent: set[str] = set()
 
     def ask(
-        self, divided: Iterable[Images], method: str, query: Query, tensor: str
+        self,
+        divided: Iterable[Images],
+        method: str,
+        query: Query,
+        tensor: str,
+        *,
+        adaptive: bool = False,
     ) -> Iterator[tuple[Answered, NDArray[np.float32]]]:
-        """The answer to each of the blocks, in order. Raises what the device answered."""
-        waiting: deque[tuple[Images, Future[bytes]]] = deque()
-        for block in divided:
-            waiting.append((block, self._submit(block, method, query)))
-            if len(waiting) > OUTSTANDING - 1:
-                yield self._answer(*waiting.popleft(), method, query, tensor)
-        while waiting:
-            yield self._answer(*waiting.popleft(), method, query, tensor)
+        """The answer to each of the blocks, in order. Raises what the device answered.
+
+        `adaptive`: the query's `dtype` is chosen by the speed of the link instead of by the query.
+        Packing loses nothing, and is chosen in any case.
+        """
+        speed = self._caller.traffic.speed(self.device)
+        encoding = choose(self._card, speed)
+        asked = _Asked(method, query, tensor, encoding, adaptive, speed)
+        outstanding: dict[int, Images] = {}
+
+        def bodies() -> Iterator[msgspec.Struct]:
+            for number, block in enumerate(divided):
+                outstanding[number] = block
+                yield self._body(block, asked)
+
+        arriving = self._caller.answers(
+            self.device,
+            method,
+            bodies(),
+            outstanding=OUTSTANDING,
+            timeout_s=self._timeout_s,
+            packed=encoding.packed,
+        )
+        with closing(arriving):  # an error, or nobody who wants the rest: the device is told
+            yield from self._in_order(arriving, outstanding, asked)
+
+    def _in_order(
+        self,
+        arriving: Iterator[tuple[int, Future[Payload]]],
+        outstanding: dict[int, Images],
+        asked: _Asked,
+    ) -> Iterator[tuple[Answered, NDArray[np.float32]]]:
+        # One that comes early waits for those before it; at most as many as are outstanding.
+        early: dict[int, tuple[Answered, NDArray[np.float32]]] = {}
+        due = 0
+        for number, future in arriving:
+            block = outstanding.pop(number)
+            try:
+                payload = future.result()
+            except NotFound:
+                # Evicted, or the device has restarted: send the block again, once.
+                self._sent.discard(image_block_id(block))
+                body = self._body(block, asked)
+                payload = self._caller.submit(
+                    self.device,
+                    asked.method,
+                    body,
+                    timeout_s=self._timeout_s,
+                    packed=asked.encoding.packed,
+                ).result()
+            early[number] = self._answer(payload, block, asked)
+            while due in early:
+                yield early.pop(due)
+                due += 1
 
     def divide(self, images: Images) -> Iterator[Images]:
         """`images` as the blocks this device takes."""
         return blocks(check_images(images), self._limits.max_images_per_block)
 
-    def _submit(self, block: Images, method: str, query: Query) -> Future[bytes]:
+    def _body(self, block: Images, asked: _Asked) -> msgspec.Struct:
         block_id = image_block_id(block)
         if block_id not in self._sent:
             self._put(block, block_id)
-        return self._caller.submit(self.device, method, query(block_id), timeout_s=self._timeout_s)
+        return asked.about(block_id)
 
     def _answer(
-        self, block: Images, future: Future[bytes], method: str, query: Query, tensor: str
+        self, payload: Payload, block: Images, asked: _Asked
     ) -> tuple[Answered, NDArray[np.float32]]:
-        try:
-            payload = future.result()
-        except NotFound:
-            # Evicted, or the device has restarted: send the block again, once.
-            self._sent.discard(image_block_id(block))
-            payload = self._submit(block, method, query).result()
-        answered, tensors = frame.decode(payload, Answered)
-        values = frame.floats(tensors, tensor)
+        answered, tensors = self._caller.decode(payload, Answered)
+        values = quantised.floats(tensors, asked.tensor)
         if values.ndim == 0 or len(values) != len(block):
             # Taken as it is, it would put every later answer beside the wrong image.
             raise Malformed(
-                f"{self.device} answered {method} about {len(block)} images with "
-                f"{tensor} {list(values.shape)}"
+                f"{self.device} answered {asked.method} about {len(block)} images with "
+                f"{asked.tensor} {list(values.shape)}"
             )
+        if self._ledger is not None and asked.adaptive:
+            came = Came(answered, len(payload), values.size)
+            self._ledger.note(self.device, asked.encoding, came, asked.link_bytes_per_s)
         return answered, values
 
     def _put(self, block: Images, block_id: str) -> None:

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.encodings import EncodingCost
 from edge_teacher.contract.errors import UsageError
 from edge_teacher.files import write_atomically
 from export.student_report import StudentReport
@@ -111,6 +112,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         curves: by network (`scratch`, `fedsa`).
         student: what its export measured; None where nothing was exported.
         bytes_on_wire: device id to method to traffic.
+        encodings: device id to encoding (such as `u8+zstd`) to what it was used for and cost.
         seconds: by stage, in the order in which they ran; `total` is the whole run.
         config: the configuration as it took effect, section to key to value.
         software: version by package.
@@ -128,6 +130,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     curves: dict[str, tuple[CurvePoint, ...]] = {}
     student: StudentReport | None = None
     bytes_on_wire: dict[str, dict[str, Traffic]] = {}
+    encodings: dict[str, dict[str, EncodingCost]] = {}
     seconds: dict[str, float] = {}
     config: dict[str, Any] = {}
     software: dict[str, str] = {}

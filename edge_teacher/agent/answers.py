@@ -9,10 +9,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_teacher.agent.image_store import ImageStore
 from edge_teacher.agent.pooling import attention_pool, mean_pool
-from edge_teacher.contract import frame
+from edge_teacher.contract import frame, packing, quantised
 from edge_teacher.contract.errors import (
     CheckFailed,
     Malformed,
@@ -40,6 +41,9 @@ from edge_teacher.runtime import Session, run_in_batches
 from edge_teacher.slots import Students
 
 _NUMPY: Mapping[Dtype, type[np.floating[Any]]] = {"f16": np.float16, "f32": np.float32}
+
+ENCODINGS = ("f16", "f32", "u8", *(("zstd",) if packing.available() else ()))
+"""What this device offers in its card."""
 
 
 class Answers:
@@ -84,7 +88,7 @@ class Answers:
         images = self._images.get(query.block)
         started = time.perf_counter()
         maps = run_in_batches(self._session, images, "saliency")
-        return _answered(started), {"saliency": maps.astype(_NUMPY[query.dtype])}
+        return _encoded(_answered(started), "saliency", maps, query.dtype, by_channel=False)
 
     def features(self, query: FeaturesQuery, tensors: Tensors) -> Answer:
         tap = query.tap or self._teacher.saliency_tap
@@ -100,10 +104,7 @@ class Answers:
             found = mean_pool(found)
         elif query.form == "attention":
             found = attention_pool(found, frame.floats(tensors, "attention"))
-        # fp16 ends at 65504; a feature beyond is held there rather than turned into infinity.
-        if query.dtype == "f16":
-            found = np.clip(found, -65504, 65504)
-        return _answered(started), {"features": found.astype(_NUMPY[query.dtype])}
+        return _encoded(_answered(started), "features", found, query.dtype, by_channel=True)
 
     def predict(self, query: PredictQuery, _tensors: Tensors) -> Answer:
         images = self._images.get(query.block)
@@ -153,6 +154,30 @@ def _as_answers(check_failed: type[RpcError]) -> Iterator[None]:
         raise check_failed(str(error)) from error
     except UsageError as error:
         raise Malformed(str(error)) from error
+
+
+def _encoded(
+    answered: Answered,
+    name: str,
+    values: NDArray[np.float32],
+    dtype: Dtype,
+    *,
+    by_channel: bool,
+) -> Answer:
+    """The values in the dtype that was asked for, and what that cost."""
+    started = time.perf_counter()
+    error = 0.0
+    if dtype == "u8":
+        if not np.isfinite(values).all():
+            raise RuntimeFailed(f"the {name} are not all finite; ask for them as f32 to see them")
+        tensors = quantised.quantise(values, name, by_channel=by_channel)
+        error = quantised.relative_error(values, quantised.floats(tensors, name))
+    else:
+        # fp16 ends at 65504; a feature beyond is held there rather than turned into infinity.
+        held = np.clip(values, -65504, 65504) if dtype == "f16" else values
+        tensors = {name: held.astype(_NUMPY[dtype])}
+    spent = round((time.perf_counter() - started) * 1e3, 3)
+    return msgspec.structs.replace(answered, encode_ms=spent, encode_error=error), tensors
 
 
 def _answered(started: float) -> Answered:

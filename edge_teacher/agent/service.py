@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from edge_teacher import __version__
 from edge_teacher import bundle as bundles
-from edge_teacher.agent.answers import Answers
+from edge_teacher.agent.answers import ENCODINGS, Answers
 from edge_teacher.agent.image_store import ImageStore
 from edge_teacher.agent.telemetry import rss_bytes, temperature_c
 from edge_teacher.bundle import TeacherCard
@@ -24,7 +24,7 @@ from edge_teacher.contract.errors import CheckFailed, UsageError
 from edge_teacher.contract.limits import Limits
 from edge_teacher.contract.messages import Card, State, Telemetry
 from edge_teacher.rpc.address import BrokerAddress
-from edge_teacher.rpc.paho import PahoTransport
+from edge_teacher.rpc.pair import connect_pair
 from edge_teacher.rpc.serve import Server
 from edge_teacher.rpc.transport import Message, Transport
 from edge_teacher.runtime import OnnxRuntimeSession, Session
@@ -80,6 +80,7 @@ class Agent:
             max_bundle_bytes=config.limits.max_bundle_bytes,
         )
         self._transport: Transport | None = None
+        self._bulk: Transport | None = None
         self._server: Server | None = None
         self._stopped = threading.Event()
         self._telemetry_thread = threading.Thread(
@@ -94,14 +95,18 @@ class Agent:
             runtime=self._session.info,
             limits=self.config.limits,
             students=self._students.statuses(),
+            encodings=ENCODINGS,
         )
 
     def will(self) -> Message:
         """What the broker says when this process dies."""
         return self._state(online=False)
 
-    def start(self, transport: Transport) -> None:
-        """Answer on `transport`, then announce the card and the birth, now and after each reconnect."""
+    def start(self, transport: Transport, bulk: Transport | None = None) -> None:
+        """Answer on `transport`, then announce the card and the birth, now and after each reconnect.
+
+        `bulk`: a second connection for data; none: the same one.
+        """
         answers = Answers(
             self.teacher,
             self._session,
@@ -111,12 +116,14 @@ class Agent:
             self._announce_card,
         )
         self._transport = transport
+        self._bulk = bulk
         self._server = Server(
             transport,
             self.config.device,
             answers.methods(),
             limits=self.config.limits,
             allowed=self.config.allowed,
+            bulk=bulk,
         )
         self._server.start()
         transport.on_connect(self._announce)
@@ -130,6 +137,8 @@ class Agent:
         if self._server is not None:
             self._server.drain()
             self._telemetry_thread.join()
+        if self._bulk is not None and self._bulk is not self._transport:
+            self._bulk.close()
         if self._transport is not None:
             self._transport.publish(self._state(online=False))
             self._transport.close()
@@ -199,7 +208,8 @@ class Agent:
 def serve(config: AgentConfig, address: BrokerAddress, stop: threading.Event) -> None:
     """Run an agent over MQTT until `stop` is set."""
     agent = Agent(config)
-    agent.start(PahoTransport(address, config.device, will=agent.will()))
+    pair = connect_pair(address, config.device, will=agent.will())
+    agent.start(pair.control, pair.bulk)
     try:
         stop.wait()
     finally:

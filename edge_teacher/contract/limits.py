@@ -16,6 +16,9 @@ CHUNK_ABOVE_BYTES = MIB
 UPLOAD_BYTES = MIB
 """Size of one piece of an upload: images or a student bundle."""
 
+BULK_ABOVE_BYTES = 64 * KIB
+"""A request above this size travels on the bulk connection, where nothing small waits behind it."""
+
 MAX_PACKET_BYTES = 2 * MIB
 """The largest MQTT packet either side sends; brokers and clients are configured for it."""
 
@@ -29,4 +32,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_bundle_bytes: int = 256 * MIB
     image_store_bytes: int = 256 * MIB
     answer_cache_bytes: int = 32 * MIB
+    answer_cache_s: float = 300.0
+    """How long an answer is remembered after it was last asked for."""
+    max_outgoing_bytes: int = 512 * MIB
+    """All answers on their way together; a worker waits before it would exceed it."""
     max_queued_requests: int = 64
+    max_queued_per_coordinator: int = 32

@@ -12,7 +12,7 @@ import msgspec
 
 from edge_teacher.contract.limits import Limits
 
-Dtype = Literal["f16", "f32"]
+Dtype = Literal["f16", "f32", "u8"]
 FeatureForm = Literal["maps", "pooled", "attention"]
 
 
@@ -95,6 +95,8 @@ class Card(Wire, frozen=True):
     runtime: RuntimeInfo
     limits: Limits
     students: tuple[StudentStatus, ...] = ()
+    encodings: tuple[str, ...] = ("f16", "f32")
+    """What its answers can travel as: dtypes, and `zstd` for tensors packed besides. Since 1.1."""
 
 
 class Telemetry(Wire, frozen=True):
@@ -133,7 +135,10 @@ class Received(Wire, frozen=True):
 
 
 class SaliencyQuery(Wire, frozen=True):
-    """Answer: tensor `saliency: dtype[N, S, S]` in [0, 1]."""
+    """Answer: tensor `saliency: dtype[N, S, S]` in [0, 1].
+
+    As u8 with `saliency.scale: f32[1]` and `saliency.zero: f32[1]`; value = u8 * scale + zero.
+    """
 
     block: str
     dtype: Dtype = "f16"
@@ -142,7 +147,8 @@ class SaliencyQuery(Wire, frozen=True):
 class FeaturesQuery(Wire, frozen=True):
     """Answer: tensor `features`, `[N, C, h, w]` for maps and `[N, C]` for the pooled forms.
 
-    `attention` pools under the tensor `attention: f16|f32[N, s, s]` that comes with the query.
+    `attention` pools under the tensor `attention: f16|f32[N, s, s]` that comes with the query. As u8
+    with `features.scale: f32[C]` and `features.zero: f32[C]`; value = u8 * scale + zero, by channel.
     """
 
     block: str
@@ -167,6 +173,10 @@ class Answered(Wire, frozen=True):
     compute_ms: float
     student_version: int = 0
     classes: tuple[str, ...] = ()
+    encode_ms: float = 0.0
+    """Spent on bringing the values into the dtype asked for. Since 1.1."""
+    encode_error: float = 0.0
+    """Root mean square of what the dtype lost, over that of the values. Since 1.1."""
 
 
 # ── students ─────────────────────────────────────────────────────────────────────────────────
@@ -219,7 +229,8 @@ class Chunk(Wire, frozen=True):
 class Control(Wire, frozen=True):
     """On `<device>/ctl`: about the answer with this correlation id."""
 
-    kind: Literal["cancel", "resend", "credit"]
+    kind: Literal["cancel", "resend", "credit", "done"]
+    """`cancel`: nobody waits any more. `done`: the whole answer has arrived (since 1.1)."""
     correlation: bytes
     respond_to: str = ""
     ranges: tuple[tuple[int, int], ...] = ()

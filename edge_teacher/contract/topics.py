@@ -1,7 +1,8 @@
 """Topic names of contract version 1: build and parse.
 
-`fedsa/v1/<device>/state|card|telemetry|ctl`, `fedsa/v1/<device>/req/<method>` and
-`fedsa/v1/<coordinator>/rsp/<device>`.
+`fedsa/v1/<device>/state|card|telemetry|ctl`, `fedsa/v1/<device>/req/<method>`,
+`fedsa/v1/<coordinator>/rsp/<device>`, and for what is large `fedsa/v1/<device>/put/<method>` and
+`fedsa/v1/<coordinator>/data/<device>`.
 """
 
 from __future__ import annotations
@@ -64,6 +65,16 @@ def requests(device: str) -> str:
     return str(Topic(check_name(device), "req", "#"))
 
 
+def put(device: str, method: str) -> str:
+    """A request that carries much: the device hears it on its bulk connection."""
+    return str(Topic(check_name(device), "put", method))
+
+
+def puts(device: str) -> str:
+    """The filter a device's bulk connection subscribes to."""
+    return str(Topic(check_name(device), "put", "#"))
+
+
 def response(coordinator: str, device: str) -> str:
     return str(Topic(check_name(coordinator), "rsp", check_name(device)))
 
@@ -71,6 +82,16 @@ def response(coordinator: str, device: str) -> str:
 def responses(coordinator: str) -> str:
     """The filter a coordinator subscribes to."""
     return str(Topic(check_name(coordinator), "rsp", "+"))
+
+
+def data(coordinator: str, device: str) -> str:
+    """Where the chunks of an answer go: the coordinator hears them on its bulk connection."""
+    return str(Topic(check_name(coordinator), "data", check_name(device)))
+
+
+def all_data(coordinator: str) -> str:
+    """The filter a coordinator's bulk connection subscribes to."""
+    return str(Topic(check_name(coordinator), "data", "+"))
 
 
 def everyone(channel: str) -> str:
@@ -88,9 +109,9 @@ def parse(topic: str) -> Topic | None:
     owner, channel, *rest = levels
     if channel in _CHANNELS and not rest:
         return Topic(owner, channel)
-    if channel == "req" and len(rest) == 1 and _METHOD.fullmatch(rest[0]):
+    if channel in ("req", "put") and len(rest) == 1 and _METHOD.fullmatch(rest[0]):
         return Topic(owner, channel, rest[0])
-    if channel == "rsp" and len(rest) == 1 and _NAME.fullmatch(rest[0]):
+    if channel in ("rsp", "data") and len(rest) == 1 and _NAME.fullmatch(rest[0]):
         return Topic(owner, channel, rest[0])
     return None
 

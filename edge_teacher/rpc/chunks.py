@@ -13,6 +13,9 @@ from edge_teacher.contract.errors import Malformed, TooLarge
 from edge_teacher.contract.limits import CHUNK_BYTES
 from edge_teacher.contract.messages import Chunk
 
+WINDOW = 2
+"""Chunks sent before the first credit arrives, and the most that one message can grant."""
+
 
 def ranges(total_bytes: int) -> Iterator[tuple[int, int]]:
     """(offset, length) of every chunk of a frame."""
@@ -20,10 +23,19 @@ def ranges(total_bytes: int) -> Iterator[tuple[int, int]]:
         yield offset, min(CHUNK_BYTES, total_bytes - offset)
 
 
-def cut(payload: bytes, offset: int, length: int, sha256: str) -> bytes:
+def count(total_bytes: int) -> int:
+    """Chunks of a frame."""
+    return -(-total_bytes // CHUNK_BYTES)
+
+
+def cut(payload: frame.Encoded, offset: int, length: int, sha256: str) -> bytes:
     """The chunk message for one range of `payload`."""
-    piece = memoryview(payload)[offset : offset + length]
-    header = Chunk(offset=offset, total_bytes=len(payload), crc32=zlib.crc32(piece), sha256=sha256)
+    pieces = payload.cut(offset, length)
+    # One piece, but for the few ranges that lie across two tensors.
+    piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    header = Chunk(
+        offset=offset, total_bytes=payload.nbytes, crc32=zlib.crc32(piece), sha256=sha256
+    )
     return frame.encode(header, {"data": np.frombuffer(piece, np.uint8)})
 
 
@@ -40,8 +52,11 @@ class Reassembly:
             )
         self.total_bytes = first.total_bytes
         self.sha256 = first.sha256
-        self._buffer = bytearray(first.total_bytes)
+        # Not zeroed: a page is taken when its chunk comes, not because a header claimed it.
+        self._buffer = np.empty(first.total_bytes, np.uint8)
         self._missing = dict(ranges(first.total_bytes))
+        self._digest = hashlib.sha256()
+        self._digested = 0
 
     def owns(self, chunk: Chunk) -> bool:
         """Whether `chunk` is a piece of this frame, not of another answer to the same question."""
@@ -53,16 +68,24 @@ class Reassembly:
             return False
         if self._missing.get(chunk.offset) != data.nbytes or zlib.crc32(data.data) != chunk.crc32:
             return False
-        self._buffer[chunk.offset : chunk.offset + data.nbytes] = data.data
+        self._buffer[chunk.offset : chunk.offset + data.nbytes] = data
         del self._missing[chunk.offset]
+        self._digest_what_is_contiguous()
         return True
 
     @property
     def missing(self) -> tuple[tuple[int, int], ...]:
         return tuple(self._missing.items())
 
-    def whole(self) -> bytes:
-        """The frame. Raises Malformed if what the chunks add up to is not what was promised."""
-        if hashlib.sha256(self._buffer).hexdigest() != self.sha256:
+    def whole(self) -> memoryview:
+        """The frame, where it was put together. Raises Malformed if it is not what was promised."""
+        if self._missing or self._digest.hexdigest() != self.sha256:
             raise Malformed("the chunks of an answer do not add up to its SHA-256; ask again")
-        return bytes(self._buffer)
+        return self._buffer.data.toreadonly()
+
+    def _digest_what_is_contiguous(self) -> None:
+        """While the next chunk is on its way, so that nothing is left to do after the last."""
+        end = next(iter(self._missing), self.total_bytes)  # they stand in their order
+        if end > self._digested:
+            self._digest.update(self._buffer[self._digested : end].data)
+            self._digested = end

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
+import queue
+import random
 import secrets
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import defaultdict, deque
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import msgspec
@@ -21,17 +23,23 @@ from edge_teacher.contract.errors import (
     Busy,
     Malformed,
     RpcError,
+    TooLarge,
     Unreachable,
     error_from_code,
 )
-from edge_teacher.contract.limits import MIB
+from edge_teacher.contract.frame import Payload
+from edge_teacher.contract.limits import BULK_ABOVE_BYTES, MIB
 from edge_teacher.contract.messages import Chunk, Control, Problem
+from edge_teacher.contract.versions import BULK_SINCE, minor_of
 from edge_teacher.rpc.chunks import Reassembly
+from edge_teacher.rpc.pending import Memory, Pending, backoff
+from edge_teacher.rpc.traffic import Traffic, WireBytes
 from edge_teacher.rpc.transport import Message, Transport
 
 log = logging.getLogger(__name__)
 
 Reply = TypeVar("Reply", bound=msgspec.Struct)
+Tensors = Mapping[str, frame.Array]
 
 RETRY_S = 5.0
 """Silence after which a request is sent again, or the missing ranges of an answer are asked for."""
@@ -39,92 +47,103 @@ RETRY_S = 5.0
 TICK_S = 0.2
 """How often deadlines and retries are looked at."""
 
-
-@dataclass
-class WireBytes:
-    """Payload bytes, by direction. MQTT's own few bytes per packet are not counted."""
-
-    sent: int = 0
-    received: int = 0
-
-
-@dataclass
-class _Pending:
-    device: str
-    method: str
-    request: Message
-    deadline: float
-    next_try: float
-    future: Future[bytes]
-    parts: Reassembly | None = None
-    silent_tries: int = 0
-    """Tries since the last piece of an answer came."""
-    busy: Busy | None = None
-    """What the device said last, if it was that."""
+OUTSTANDING = 16
+"""Questions on their way to one device; further ones wait here, where they cost the device nothing."""
 
 
 class Caller:
-    """Asks devices over one Transport. Thread-safe: any number of requests may be outstanding."""
+    """Asks devices over one Transport, or two. Thread-safe: any number of requests may be waiting."""
 
     def __init__(
         self,
         transport: Transport,
         name: str,
         *,
+        bulk: Transport | None = None,
         max_answer_bytes: int = 512 * MIB,
+        max_memory_bytes: int = 1024 * MIB,
+        outstanding: int = OUTSTANDING,
         retry_s: float = RETRY_S,
         tick_s: float = TICK_S,
     ) -> None:
-        """`name`: the coordinator's id. Raises UsageError for an unusable one."""
-        self.wire: dict[str, dict[str, WireBytes]] = defaultdict(lambda: defaultdict(WireBytes))
+        """`name`: the coordinator's id. Raises UsageError for an unusable one.
+
+        `bulk`: a second connection for chunks and large requests; none: the same one.
+        `max_answer_bytes` bounds one answer, and what the answers of one device take while they are put
+        together; `max_memory_bytes` all of them. An answer beyond the first is TooLarge, one beyond the
+        second waits for the others.
+        """
+        self.traffic = Traffic()
         self._transport = transport
+        self._bulk = bulk or transport
         self._name = name
-        self._max_answer_bytes = max_answer_bytes
+        self._most_bytes = min(max_answer_bytes, max_memory_bytes)
+        self._memory = Memory(max_memory_bytes, self._most_bytes)
+        self._outstanding = outstanding
         self._retry_s = retry_s
         self._tick_s = tick_s
-        self._pending: dict[bytes, _Pending] = {}
+        self._pending: dict[bytes, Pending] = {}
+        self._unsent: dict[str, deque[Pending]] = defaultdict(deque)
+        self._at_device: dict[str, int] = defaultdict(int)
+        self._minors: dict[str, int] = {}
         self._lock = threading.Lock()
         self._gone: dict[str, str] = {}
         self._closed = threading.Event()
         transport.subscribe(topics.responses(name), self._on_response)
+        self._bulk.subscribe(topics.all_data(name), self._on_response)
         self._watch = threading.Thread(target=self._watch_deadlines, name="rpc-watch", daemon=True)
         self._watch.start()
+        for connection in {id(t): t for t in (transport, self._bulk)}.values():
+            connection.on_connect(self._ask_again)
+
+    @property
+    def wire(self) -> dict[str, dict[str, WireBytes]]:
+        """Device to method to payload bytes."""
+        return self.traffic.bytes
 
     def submit(
         self,
         device: str,
         method: str,
         body: msgspec.Struct,
-        tensors: Mapping[str, frame.Array] | None = None,
+        tensors: Tensors | None = None,
         *,
         timeout_s: float = 60,
-    ) -> Future[bytes]:
-        """Send a request; the future holds the answer's frame, or raises an RpcError."""
+        packed: bool = False,
+    ) -> Future[Payload]:
+        """Send a request; the future holds the answer's frame, or raises an RpcError.
+
+        `packed`: the answer's tensors may come packed with zstd. Give the future to `cancel` when
+        nobody waits for it any more.
+        """
         correlation = secrets.token_bytes(16)
+        user = {"v": PROTOCOL, "src": self._name} | ({"accept": "zstd"} if packed else {})
         request = Message(
             topic=topics.request(device, method),
             payload=frame.encode(body, tensors),
             response_topic=topics.response(self._name, device),
             correlation=correlation,
             expiry_s=math.ceil(timeout_s),
-            user={"v": PROTOCOL, "src": self._name},
+            user=user,
         )
-        now = time.monotonic()
-        future: Future[bytes] = Future()
+        future: Future[Payload] = Future()
         # A future that somebody else could cancel could not be given its outcome any more.
         future.set_running_or_notify_cancel()
-        pending = _Pending(device, method, request, now + timeout_s, now + self._retry_s, future)
+        pending = Pending(device, method, request, time.monotonic() + timeout_s, future)
         with self._lock:
             if self._closed.is_set():
                 raise Unreachable("this connection is closed")
             if device in self._gone:
                 raise Unreachable(f"{device} {self._gone[device]} before it was asked for {method}")
             self._pending[correlation] = pending
+            if self._at_device[device] >= self._outstanding:
+                self._unsent[device].append(pending)
+                return future
+            self._count_as_sent(pending)
         try:
             self._send(pending)
         except BaseException:
-            with self._lock:
-                self._pending.pop(correlation, None)
+            self._forget(pending)
             raise
         return future
 
@@ -133,110 +152,160 @@ class Caller:
         device: str,
         method: str,
         body: msgspec.Struct,
-        tensors: Mapping[str, frame.Array] | None = None,
+        tensors: Tensors | None = None,
         *,
         answer: type[Reply],
         timeout_s: float = 60,
+        packed: bool = False,
     ) -> tuple[Reply, dict[str, frame.Array]]:
         """Ask and wait. Raises the RpcError the device sent, or Unreachable."""
-        future = self.submit(device, method, body, tensors, timeout_s=timeout_s)
+        future = self.submit(device, method, body, tensors, timeout_s=timeout_s, packed=packed)
         try:
             # The watch thread ends the future; the margin only guards against a dead thread.
-            return frame.decode(future.result(timeout_s + 5), answer)
+            payload = future.result(timeout_s + 5)
         except FutureTimeout as error:
             raise Unreachable(f"{device} did not answer {method} in {timeout_s:g} s") from error
         except BaseException:
-            self._cancel(device, future)
+            self.cancel(future)
             raise
+        return self.decode(payload, answer)
+
+    def decode(self, payload: Payload, kind: type[Reply]) -> tuple[Reply, dict[str, frame.Array]]:
+        """An answer's message and tensors. Raises Malformed."""
+        return frame.decode(payload, kind, most_unpacked_bytes=self._most_bytes)
+
+    def answers(
+        self,
+        device: str,
+        method: str,
+        bodies: Iterable[msgspec.Struct],
+        *,
+        outstanding: int = 2,
+        timeout_s: float = 60,
+        packed: bool = False,
+    ) -> Generator[tuple[int, Future[Payload]], None, None]:
+        """(number of the question, its finished future), as the answers come.
+
+        A body is taken from `bodies` only when it is about to be sent. Closing the iterator cancels
+        what is still outstanding.
+        """
+        done: queue.SimpleQueue[tuple[int, Future[Payload]]] = queue.SimpleQueue()
+        waiting: set[Future[Payload]] = set()
+        numbered = enumerate(bodies)
+        try:
+            while True:
+                while len(waiting) < outstanding and (item := next(numbered, None)) is not None:
+                    number, body = item
+                    future = self.submit(device, method, body, timeout_s=timeout_s, packed=packed)
+                    waiting.add(future)
+                    future.add_done_callback(lambda f, n=number: done.put((n, f)))  # type: ignore[misc]
+                if not waiting:
+                    return
+                number, future = done.get()
+                waiting.discard(future)
+                yield number, future
+        finally:
+            for future in waiting:
+                self.cancel(future)
+
+    def cancel(self, future: Future[Payload]) -> None:
+        """Nobody waits for it any more, and the device is told. One already answered is left alone."""
+        with self._lock:
+            found = next((p for p in self._pending.values() if p.future is future), None)
+        if found is not None:
+            self._withdraw(found, Unreachable(f"{found.method} was cancelled before its answer"))
 
     def device_gone(self, device: str, why: str) -> None:
         """Fail everything asked of a device that will not answer any more, until it is back."""
         with self._lock:
             self._gone[device] = why
             lost = [p for p in self._pending.values() if p.device == device]
-            for pending in lost:
-                del self._pending[pending.request.correlation]
         for pending in lost:
-            pending.future.set_exception(
-                Unreachable(f"{device} {why} while it was asked for {pending.method}")
+            self._finish(
+                pending, Unreachable(f"{device} {why} while it was asked for {pending.method}")
             )
 
     def device_back(self, device: str) -> None:
-        """The device may be asked again."""
+        """The device may be asked again: also what was on its way when its connection broke."""
         with self._lock:
             self._gone.pop(device, None)
+        self._ask_again(device)
 
     def close(self) -> None:
         self._closed.set()
         self._watch.join()
         with self._lock:
             lost = list(self._pending.values())
-            self._pending.clear()
         for pending in lost:
-            pending.future.set_exception(Unreachable("the coordinator closed its connection"))
+            self._finish(pending, Unreachable("the coordinator closed its connection"))
 
     # ── sending ──────────────────────────────────────────────────────────────────────────────
 
-    def _send(self, pending: _Pending) -> None:
-        self._count(pending, sent=len(pending.request.payload))
+    def _count_as_sent(self, pending: Pending) -> None:
+        pending.sent = True
+        pending.sent_at = time.monotonic()
+        pending.next_try = pending.sent_at + backoff(self._retry_s, 0)
+        self._at_device[pending.device] += 1
+
+    def _send(self, pending: Pending) -> None:
+        request = pending.request
+        self.traffic.count(pending.device, pending.method, sent=len(request.payload))
         # A retry is worth only what is left: later, nobody waits for what it would compute.
         left = max(1, math.ceil(pending.deadline - time.monotonic()))
-        self._transport.publish(replace(pending.request, expiry_s=left))
+        large = len(request.payload) > BULK_ABOVE_BYTES
+        # An acknowledgement proves no delivery, only the answer does: the first try goes without,
+        # which makes a round trip a third faster.
+        qos = 0 if pending.first_try and not large and self._transport.connected else 1
+        pending.first_try = False
+        if large and self._minors.get(pending.device, 0) >= BULK_SINCE:
+            topic = topics.put(pending.device, pending.method)
+            self._bulk.publish(replace(request, topic=topic, expiry_s=left))
+        else:
+            self._transport.publish(replace(request, expiry_s=left, qos=qos))
 
-    def _count(self, pending: _Pending, *, sent: int = 0, received: int = 0) -> None:
-        with self._lock:
-            counted = self.wire[pending.device][pending.method]
-            counted.sent += sent
-            counted.received += received
-
-    def _control(self, pending: _Pending, control: Control) -> None:
+    def _control(self, pending: Pending, control: Control, *, qos: int = 1) -> None:
         payload = frame.encode(control)
-        self._count(pending, sent=len(payload))
-        self._transport.publish(
-            Message(topic=topics.control(pending.device), payload=payload, expiry_s=30)
-        )
+        self.traffic.count(pending.device, pending.method, sent=len(payload))
+        topic = topics.control(pending.device)
+        self._transport.publish(Message(topic=topic, payload=payload, expiry_s=30, qos=qos))
 
-    def _cancel(self, device: str, future: Future[bytes]) -> None:
-        """Tell the device that nobody waits any more; a future already answered is left alone."""
-        with self._lock:
-            found = next((p for p in self._pending.values() if p.future is future), None)
-            if found is not None:
-                del self._pending[found.request.correlation]
-        if found is not None:
-            request = found.request
-            self._control(
-                found,
-                Control(
-                    kind="cancel",
-                    correlation=request.correlation,
-                    respond_to=request.response_topic,
-                ),
-            )
+    def _withdraw(self, pending: Pending, why: RpcError) -> None:
+        if self._finish(pending, why) and pending.sent:
+            self._control(pending, pending.control("cancel"))
 
-    # ── receiving, on the connection's thread ────────────────────────────────────────────────
+    # ── receiving, on a connection's thread ──────────────────────────────────────────────────
 
     def _on_response(self, message: Message) -> None:
         with self._lock:
             pending = self._pending.get(message.correlation)
-        if pending is None or message.topic != pending.request.response_topic:
+        if pending is None or message.topic not in (
+            pending.request.response_topic,
+            topics.data(self._name, pending.device),
+        ):
             return
-        self._count(pending, received=len(message.payload))
+        self.traffic.count(pending.device, pending.method, received=len(message.payload))
         try:
+            self._minors[pending.device] = minor_of(message.user.get("v", ""), pending.device)
             payload = self._whole(pending, message)
         except Busy as error:
             # Within the deadline a busy device is asked again; the answer is all the caller wants.
             pending.busy = error
-            pending.next_try = time.monotonic() + (error.retry_after_s or 1.0)
+            again = (error.retry_after_s or 1.0) * random.uniform(1.0, 1.5)
+            pending.next_try = time.monotonic() + again
+        except TooLarge as error:
+            self._withdraw(pending, error)
         except RpcError as error:
             self._finish(pending, error)
         else:
             if payload is not None:
                 self._finish(pending, payload)
 
-    def _whole(self, pending: _Pending, message: Message) -> bytes | None:
+    def _whole(self, pending: Pending, message: Message) -> Payload | None:
         """The answer's frame once it is complete. Raises what the device answered instead."""
         status = message.user.get("status", "")
         if status == "200":
+            sent = len(pending.request.payload)
+            self.traffic.measured(pending.device, sent, time.monotonic() - pending.sent_at)
             return message.payload
         if status != "206":
             problem, _ = frame.decode(message.payload, Problem)
@@ -244,46 +313,113 @@ class Caller:
         try:
             chunk, tensors = frame.decode(message.payload, Chunk)
             data = frame.tensor(tensors, "data", "u8", None)
-            # Asked anew, a device that has dropped its answer gives another one, from its beginning.
-            anew = pending.silent_tries > 1
-            if pending.parts is None or (anew and not pending.parts.owns(chunk)):
-                pending.parts = Reassembly(chunk, self._max_answer_bytes)
+            with pending.lock:
+                return self._take_chunk(pending, chunk, data)
         except Malformed as error:
-            log.warning("dropped a damaged chunk from %s: %s", pending.device, error)
+            log.warning("dropped a damaged chunk from %s: %.200s", pending.device, error)
             return None  # it stays missing, and is asked for again
+
+    def _take_chunk(self, pending: Pending, chunk: Chunk, data: frame.Array) -> Payload | None:
+        if pending.over:
+            return None
+        if pending.parts is not None and pending.tries > 1 and not pending.parts.owns(chunk):
+            # Asked anew, a device that has dropped its answer gives another one, from its beginning.
+            self._drop_parts(pending)
+        if pending.parts is None and not self._begin_parts(pending, chunk):
+            return None
+        assert pending.parts is not None
         if not pending.parts.add(chunk, data):
             return None
-        pending.silent_tries = 0
-        pending.next_try = time.monotonic() + self._retry_s
+        pending.heard(self._retry_s)
         if pending.parts.missing:
-            request = pending.request
-            self._control(
-                pending,
-                Control(
-                    kind="credit",
-                    correlation=request.correlation,
-                    respond_to=request.response_topic,
-                    credits=1,
-                ),
-            )
+            if credits := pending.credits_due(self.traffic.speed(pending.device)):
+                # Lost, they are made good by the next ranges: no need for an acknowledgement.
+                self._control(pending, pending.control("credit", credits=credits), qos=0)
             return None
         try:
-            return pending.parts.whole()
+            whole = pending.parts.whole()
         except Malformed:
-            pending.parts = None  # all of it again
-            pending.next_try = 0
+            self._drop_parts(pending)  # all of it again
+            pending.tries, pending.next_try = 1, 0.0
             return None
+        took = time.monotonic() - pending.first_chunk_at
+        self.traffic.measured(pending.device, len(whole) - data.nbytes, took)
+        if self._minors.get(pending.device, 0) >= BULK_SINCE:
+            self._control(pending, pending.control("done"))
+        return whole
 
-    def _finish(self, pending: _Pending, outcome: bytes | RpcError) -> None:
-        with self._lock:
-            if self._pending.pop(pending.request.correlation, None) is None:
-                return
+    def _begin_parts(self, pending: Pending, chunk: Chunk) -> bool:
+        """Whether there is memory for this answer now. Raises TooLarge, Malformed."""
+        if 1 <= chunk.total_bytes <= self._most_bytes and not self._memory.take(
+            pending.device, chunk.total_bytes
+        ):
+            pending.waits_for_memory = True
+            pending.next_try = math.inf
+            return False
+        pending.parts = Reassembly(chunk, self._most_bytes)
+        pending.begin_window()
+        pending.waits_for_memory = False
+        return True
+
+    def _drop_parts(self, pending: Pending) -> None:
+        if pending.parts is not None:
+            self._memory.give_back(pending.device, pending.parts.total_bytes)
+            pending.parts = None
+
+    # ── the end of a question ────────────────────────────────────────────────────────────────
+
+    def _finish(self, pending: Pending, outcome: Payload | RpcError) -> bool:
+        """False if it had ended already."""
+        if not self._forget(pending):
+            return False
         if isinstance(outcome, RpcError):
             pending.future.set_exception(outcome)
         else:
             pending.future.set_result(outcome)
+        return True
+
+    def _forget(self, pending: Pending) -> bool:
+        """Give back what it held, and let in who waited for that."""
+        due: list[Pending] = []
+        with self._lock:
+            if self._pending.pop(pending.request.correlation, None) is None:
+                return False
+            unsent = self._unsent[pending.device]
+            if not pending.sent:
+                unsent.remove(pending)
+            else:
+                self._at_device[pending.device] -= 1
+                if unsent and not self._closed.is_set():
+                    due.append(unsent.popleft())
+                    self._count_as_sent(due[0])
+        with pending.lock:
+            pending.over = True
+            held = pending.parts is not None
+            self._drop_parts(pending)
+        if held:
+            with self._lock:
+                for other in self._pending.values():
+                    if other.waits_for_memory:
+                        other.waits_for_memory, other.tries, other.next_try = False, 1, 0.0
+        for later in due:
+            try:
+                self._send(later)
+            except RpcError as error:
+                self._finish(later, error)
+        return True
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────
+
+    def _ask_again(self, device: str | None = None) -> None:
+        """After a reconnection: what was on its way may be lost, so do not wait for the silence to tell."""
+        now = time.monotonic()
+        with self._lock:
+            for pending in self._pending.values():
+                if device not in (None, pending.device):
+                    continue
+                if pending.sent and not pending.waits_for_memory and pending.busy is None:
+                    pending.tries = 0
+                    pending.next_try = now + random.uniform(0, self._tick_s)
 
     def _watch_deadlines(self) -> None:
         while not self._closed.wait(self._tick_s):
@@ -291,32 +427,32 @@ class Caller:
             with self._lock:
                 waiting = list(self._pending.values())
             for pending in waiting:
-                if now >= pending.deadline:
-                    seconds = pending.request.expiry_s
-                    silence = f"{pending.device} did not answer {pending.method} within {seconds} s"
-                    self._finish(pending, pending.busy or Unreachable(silence))
-                elif now >= pending.next_try:
-                    pending.next_try = now + self._retry_s
-                    self._try_again(pending)
+                try:
+                    self._look_at(pending, now)
+                except Exception:
+                    # One question that cannot be sent must not end the watch over all others.
+                    log.exception("asking %s again failed", pending.device)
 
-    def _try_again(self, pending: _Pending) -> None:
+    def _look_at(self, pending: Pending, now: float) -> None:
+        if now >= pending.deadline:
+            seconds = pending.request.expiry_s
+            silence = f"{pending.device} did not answer {pending.method} within {seconds} s"
+            self._withdraw(pending, pending.busy or Unreachable(silence))
+        elif now >= pending.next_try and self._transport.connected:
+            self._try_again(pending)
+
+    def _try_again(self, pending: Pending) -> None:
         # The missing ranges and the whole question take turns: a device that has restarted, or has
         # dropped the answer, does not know the ranges any more.
-        ranges = pending.silent_tries % 2 == 0
-        pending.silent_tries += 1
+        ranges = pending.tries % 2 == 0
+        pending.tries += 1
+        pending.next_try = time.monotonic() + backoff(self._retry_s, pending.tries // 2)
         pending.busy = None
         try:
-            if ranges and pending.parts is not None and pending.parts.missing:
-                request = pending.request
-                self._control(
-                    pending,
-                    Control(
-                        kind="resend",
-                        correlation=request.correlation,
-                        respond_to=request.response_topic,
-                        ranges=pending.parts.missing[:16],
-                    ),
-                )
+            parts = pending.parts
+            if ranges and parts is not None and (missing := parts.missing[:16]):
+                pending.allow_again()
+                self._control(pending, pending.control("resend", ranges=missing))
             else:
                 self._send(pending)
         except RpcError as error:

@@ -72,6 +72,17 @@ class MemoryTransport:
     def on_connect(self, action: Callable[[], None]) -> None:
         action()
 
+    @property
+    def connected(self) -> bool:
+        return not self._closed
+
+    @property
+    def room(self) -> bool:
+        return not self._closed
+
+    def on_room(self, action: Callable[[], None]) -> None:
+        """There always is."""
+
     def publish(self, message: Message) -> None:
         if self._closed:
             raise Unreachable("this in-memory connection is closed")

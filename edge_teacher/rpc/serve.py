@@ -1,21 +1,17 @@
-"""The answering side: bounded queue, worker threads, duplicates answered once, chunks paced by credits."""
+"""The answering side: a fair, bounded queue, worker threads, duplicates answered once, paced chunks."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import logging
-import queue
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from edge_teacher.contract import PROTOCOL, frame, topics
+from edge_teacher.contract import PROTOCOL, frame, packing, topics
 from edge_teacher.contract.errors import (
     Busy,
     Draining,
@@ -27,15 +23,21 @@ from edge_teacher.contract.errors import (
     RuntimeFailed,
     TooLarge,
 )
-from edge_teacher.contract.limits import CHUNK_ABOVE_BYTES, Limits
+from edge_teacher.contract.limits import BULK_ABOVE_BYTES, CHUNK_ABOVE_BYTES, Limits
 from edge_teacher.contract.messages import Control, Problem
-from edge_teacher.rpc import chunks
+from edge_teacher.contract.versions import BULK_SINCE, minor_of
+from edge_teacher.rpc.answer_cache import AnswerCache, Answered
+from edge_teacher.rpc.fair_queue import FairQueue, Job, Key
+from edge_teacher.rpc.outbox import Outbox
 from edge_teacher.rpc.transport import Message, Transport
 
 log = logging.getLogger(__name__)
 
-OUTSTANDING_CHUNKS = 2
-"""Chunks sent before the first credit arrives: more would let one answer delay all others."""
+_IDLE_S = 1.0
+"""How often an idle worker looks for answers that nobody has asked for in time."""
+
+_RETRY_AFTER_S = (0.05, 30.0)
+_UNKNOWN_SERVICE_S = 1.0
 
 Tensors = Mapping[str, frame.Array]
 Answer = tuple[msgspec.Struct, Tensors]
@@ -46,34 +48,13 @@ Request = TypeVar("Request", bound=msgspec.Struct)
 
 @dataclass(frozen=True)
 class Method(Generic[Request]):
-    """How to answer one method: the struct its requests carry, and the function that answers."""
+    """How to answer one method: the struct its requests carry, and the function that answers.
+
+    The tensors it returns are sent from where they lie: it must not change them afterwards.
+    """
 
     request: type[Request]
     answer: Callable[[Request, Tensors], Answer]
-
-
-@dataclass(frozen=True)
-class _Key:
-    """Retries of one request share it."""
-
-    respond_to: str
-    correlation: bytes
-
-
-@dataclass
-class _Job:
-    key: _Key
-    method: str
-    message: Message
-    deadline: float | None
-
-
-@dataclass
-class _Answered:
-    status: int
-    payload: bytes
-    sha256: str = ""
-    next_chunk: int = 0
 
 
 @dataclass
@@ -84,7 +65,7 @@ class Counters:
 
 
 class Server:
-    """Answers `req/<method>` of one device. Nothing is computed on the connection's thread."""
+    """Answers `req/<method>` and `put/<method>` of one device. Nothing is computed on a connection's thread."""
 
     def __init__(
         self,
@@ -95,19 +76,25 @@ class Server:
         limits: Limits,
         allowed: frozenset[str] = frozenset(),
         workers: int = 1,
+        bulk: Transport | None = None,
     ) -> None:
-        """`allowed`: the coordinators that may ask; empty means whoever the broker lets through."""
+        """`allowed`: the coordinators that may ask; empty means whoever the broker lets through.
+
+        `bulk`: a second connection for requests that carry much and for chunks; none: the same one.
+        """
         self.counters = Counters()
         self._transport = transport
+        self._bulk = bulk or transport
         self._device = device
         self._methods = methods
         self._limits = limits
         self._allowed = allowed
-        self._jobs: queue.Queue[_Job | None] = queue.Queue()
-        self._waiting: set[_Key] = set()
-        self._cancelled: set[_Key] = set()
-        self._cache: OrderedDict[_Key, _Answered] = OrderedDict()
-        self._cached_bytes = 0
+        self._jobs = FairQueue(limits.max_queued_requests, limits.max_queued_per_coordinator)
+        self._known: dict[Key, Job] = {}
+        """Waiting, or being computed."""
+        self._answers = AnswerCache(limits)
+        self._outbox = Outbox(self._bulk, self._publish_chunk)
+        self._service_s: float | None = None
         self._lock = threading.Lock()
         self._draining = False
         self._threads = [
@@ -120,69 +107,53 @@ class Server:
             thread.start()
         self._transport.subscribe(topics.control(self._device), self._on_control)
         self._transport.subscribe(topics.requests(self._device), self._on_request)
+        self._bulk.subscribe(topics.puts(self._device), self._on_request)
 
     @property
     def queued(self) -> int:
-        return self._jobs.qsize()
+        return len(self._jobs)
 
     def drain(self, timeout_s: float = 10) -> None:
         """Answer 503 to what waits and to what comes; finish what is being computed."""
-        self._draining = True
-        self._refuse_queued()
-        for _ in self._threads:
-            self._jobs.put(None)
+        with self._lock:
+            self._draining = True
+        for job in self._jobs.close():
+            self._refuse(job.key, Draining(f"{self._device} is shutting down"))
         for thread in self._threads:
             thread.join(timeout_s)
-        # What the connection's thread let in while this was beginning.
-        self._refuse_queued()
 
-    def _refuse_queued(self) -> None:
-        stops = 0
-        with contextlib.suppress(queue.Empty):
-            while True:
-                job = self._jobs.get_nowait()
-                if job is None:
-                    stops += 1
-                else:
-                    self._refuse(job.key, Draining(f"{self._device} is shutting down"))
-        for _ in range(stops):  # for workers that are still computing
-            self._jobs.put(None)
-
-    # ── on the connection's thread ───────────────────────────────────────────────────────────
+    # ── on a connection's thread ─────────────────────────────────────────────────────────────
 
     def _on_request(self, message: Message) -> None:
         if not topics.may_answer_to(message.response_topic, self._device):
             # There is nowhere safe to say so: the topic given may be another device's.
-            log.warning("dropped a request with the response topic %r", message.response_topic)
+            log.warning("dropped a request with the response topic %.200r", message.response_topic)
             self.counters.refused += 1
             return
-        key = _Key(message.response_topic, message.correlation)
-        with self._lock:
-            if (done := self._cache.get(key)) is not None:
-                self._cache.move_to_end(key)
-            elif key in self._waiting:
-                return
-        if done is not None:
-            done.next_chunk = 0
-            self._send(key, done)
-            return
+        key = Key(message.response_topic, message.correlation)
         try:
-            job = self._admit(key, message)
+            with self._lock:  # two connections may bring the same request
+                if key in self._known or self._answers.is_gone(key):
+                    return
+                done = self._answers.get(key)
+                if done is None:
+                    self._admit(key, message)
         except RpcError as error:
             self._refuse(key, error)
             return
-        with self._lock:
-            self._waiting.add(key)
-        self._jobs.put(job)
+        if done is not None:
+            self._send(key, done, again=True)
 
-    def _admit(self, key: _Key, message: Message) -> _Job:
+    def _admit(self, key: Key, message: Message) -> None:
         parsed = topics.parse(message.topic)
         asker = topics.parse(key.respond_to)
-        if self._allowed and (asker is None or asker.owner not in self._allowed):
+        name = asker.owner if asker else "?"
+        if self._allowed and name not in self._allowed:
             raise NotAllowed(
-                f"{asker.owner if asker else '?'} is not among the coordinators "
+                f"{name} is not among the coordinators "
                 f"{self._device} answers; its owner can add it to the configuration"
             )
+        minor = minor_of(message.user.get("v", ""), name)
         if parsed is None or parsed.rest not in self._methods:
             known = ", ".join(sorted(self._methods))
             raise NotFound(f"{message.topic!r} names no method; this device answers {known}")
@@ -192,115 +163,181 @@ class Server:
             )
         if self._draining:
             raise Draining(f"{self._device} is shutting down")
-        if self._jobs.qsize() >= self._limits.max_queued_requests:
-            raise Busy(
-                f"{self._device} has {self._jobs.qsize()} requests waiting", retry_after_s=1.0
-            )
         deadline = None if message.expiry_s is None else time.monotonic() + message.expiry_s
-        return _Job(key, parsed.rest, message, deadline)
+        job = Job(key, name, parsed.rest, message, deadline, minor)
+        self._known[key] = job
+        full = self._jobs.put(job)
+        if full and (expired := self._jobs.expired()):
+            for late in expired:
+                self._known.pop(late.key, None)
+                self._say(late.key, _late(late))
+            full = self._jobs.put(job)
+        if full:
+            del self._known[key]
+            raise Busy(f"{self._device} has {full}", retry_after_s=self._retry_after_s())
+
+    def _retry_after_s(self) -> float:
+        """When half of what waits will have been computed, by the time the last ones took."""
+        each = self._service_s if self._service_s is not None else _UNKNOWN_SERVICE_S
+        least, most = _RETRY_AFTER_S
+        wait = each * max(1.0, len(self._jobs) / 2) / max(1, len(self._threads))
+        return round(min(most, max(least, wait)), 3)
 
     def _on_control(self, message: Message) -> None:
-        control, _ = frame.decode(message.payload, Control)
-        key = _Key(control.respond_to, control.correlation)
-        with self._lock:
-            done = self._cache.get(key)
-            if control.kind == "cancel" and key in self._waiting:
-                self._cancelled.add(key)
-        if done is None or not done.sha256:
+        try:
+            control, _ = frame.decode(message.payload, Control)
+        except Malformed as error:
+            log.warning("dropped a control message: %.200s", error)
+            self.counters.refused += 1
             return
-        if control.kind == "credit":
-            self._send_chunks(key, done, max(0, min(control.credits, OUTSTANDING_CHUNKS)))
-        elif control.kind == "resend":
-            every = {r: i for i, r in enumerate(chunks.ranges(len(done.payload)))}
-            for offset, length in [r for r in control.ranges if r in every][:OUTSTANDING_CHUNKS]:
-                with self._lock:
-                    # What lies before the missing has arrived: the next credit goes on behind it.
-                    done.next_chunk = max(done.next_chunk, every[offset, length] + 1)
-                self._send_chunk(key, done, offset, length)
+        key = Key(control.respond_to, control.correlation)
+        if control.kind == "cancel":
+            self._withdraw(key)
+        elif control.kind == "done":
+            self._outbox.end(key)
+            if self._answers.get(key) is not None:
+                self._answers.finish(key)
+        elif (done := self._answers.get(key)) is not None and done.sha256:
+            if control.kind == "credit":
+                self._outbox.credit(key, control.credits)
+            else:
+                self._outbox.resend(key, done, control.ranges)
+
+    def _withdraw(self, key: Key) -> None:
+        """Wherever it is: waiting, being computed, remembered, or on its way."""
+        with self._lock:
+            job = self._known.get(key)
+            if job is not None:
+                job.withdrawn = True
+                if self._jobs.remove(key) is not None:
+                    del self._known[key]
+            if job is None and self._answers.get(key) is None:
+                return
+            self._answers.finish(key)
+        self._outbox.end(key)
 
     # ── on the workers ───────────────────────────────────────────────────────────────────────
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while True:
+            job = self._jobs.take(_IDLE_S)
+            if job is None:
+                if self._jobs.closed:
+                    return
+                self._answers.expire()
+                self._outbox.keep(lambda key: self._answers.get(key) is not None)
+                continue
+            began = time.monotonic()
             try:
-                self._answer(job)
-            except RpcError as error:
-                self._refuse(job.key, error)
-            except Exception as error:
-                # A worker outlives every request; the asker learns what happened.
-                log.exception("%s failed", job.method)
-                self._refuse(
-                    job.key, RuntimeFailed(f"{job.method} failed on {self._device}: {error}")
-                )
+                self._answer_or_refuse(job)
+            except Exception:
+                # Not even the refusal could be sent. A worker outlives that too.
+                log.exception("the end of %s could not be told", job.method)
+            took = time.monotonic() - began
+            before = self._service_s
+            self._service_s = took if before is None else before * 0.8 + took * 0.2
 
-    def _answer(self, job: _Job) -> None:
+    def _answer_or_refuse(self, job: Job) -> None:
+        try:
+            done = self._answer(job)
+        except RpcError as error:
+            self._refuse(job.key, error)
+        except Exception as error:
+            # A worker outlives every request; the asker learns what happened.
+            log.exception("%s failed", job.method)
+            self._refuse(job.key, RuntimeFailed(f"{job.method} failed on {self._device}: {error}"))
+        else:
+            if (
+                done is not None
+            ):  # it is remembered: if this fails, the retry is answered from there
+                self._send(job.key, done)
+
+    def _answer(self, job: Job) -> Answered | None:
+        """Compute and remember it; None where nobody wants it any more."""
         if job.deadline is not None and time.monotonic() > job.deadline:
-            raise Expired(f"the request waited longer than its {job.message.expiry_s} s")
-        if job.key in self._cancelled:
-            with self._lock:
-                self._forget(job.key)
-            return
+            raise _late(job)
         method = self._methods[job.method]
         request, tensors = frame.decode(job.message.payload, method.request)
         body, answer_tensors = method.answer(request, tensors)
-        payload = frame.encode(body, answer_tensors)
-        if len(payload) > self._limits.max_answer_bytes:
+        packed = job.message.user.get("accept") == "zstd" and packing.available()
+        payload = frame.encode_parts(body, answer_tensors, packed=packed)
+        if payload.nbytes > self._limits.max_answer_bytes:
             raise TooLarge(
-                f"the answer would have {len(payload)} bytes, and the limit is "
+                f"the answer would have {payload.nbytes} bytes, and the limit is "
                 f"{self._limits.max_answer_bytes}; ask about fewer images at once"
             )
-        chunked = len(payload) > CHUNK_ABOVE_BYTES
-        done = _Answered(200, payload, hashlib.sha256(payload).hexdigest() if chunked else "")
+        del request, tensors, answer_tensors
+        done = self._as_sent(job, payload)
+        del payload
+        until = job.deadline if job.deadline is not None else time.monotonic() + 60
+        if not job.withdrawn and not self._answers.put(job.key, done, wait_until=until):
+            raise Expired("other answers on their way took all memory until the deadline")
         with self._lock:
-            self._forget(job.key)
-            self._cache[job.key] = done
-            self._cached_bytes += len(payload)
-            # The newest stays even when it alone exceeds the budget: its chunks are still to be sent.
-            while self._cached_bytes > self._limits.answer_cache_bytes and len(self._cache) > 1:
-                _, old = self._cache.popitem(last=False)
-                self._cached_bytes -= len(old.payload)
+            self._known.pop(job.key, None)
+            if job.withdrawn:
+                self._answers.finish(job.key)
+                return None
         self.counters.answered += 1
-        self._send(job.key, done)
+        return done
 
-    def _forget(self, key: _Key) -> None:
-        self._waiting.discard(key)
-        self._cancelled.discard(key)
+    def _as_sent(self, job: Job, payload: frame.Encoded) -> Answered:
+        if payload.nbytes <= CHUNK_ABOVE_BYTES:
+            joined = payload.join()
+            return Answered(frame.Encoded((joined,), len(joined)), minor=job.minor)
+        until = job.deadline or time.monotonic() + self._limits.answer_cache_s
+        return Answered(payload, payload.sha256(), job.minor, until)
 
-    def _refuse(self, key: _Key, error: RpcError) -> None:
-        """A refusal is not cached: the same request may be welcome a moment later."""
+    def _refuse(self, key: Key, error: RpcError) -> None:
+        """A refusal is not remembered: the same request may be welcome a moment later."""
+        with self._lock:
+            job = self._known.pop(key, None)
+        if job is None or not job.withdrawn:
+            self._say(key, error)
+
+    def _say(self, key: Key, error: RpcError) -> None:
         if isinstance(error, RuntimeFailed):
             self.counters.failed += 1
         else:
             self.counters.refused += 1
-        with self._lock:
-            self._forget(key)
         problem = Problem(code=error.code, message=str(error), retry_after_s=error.retry_after_s)
-        self._publish(key, error.code, frame.encode(problem))
+        self._publish(self._transport, key.respond_to, key, error.code, frame.encode(problem))
 
-    def _send(self, key: _Key, done: _Answered) -> None:
+    def _send(self, key: Key, done: Answered, *, again: bool = False) -> None:
         if done.sha256:
-            self._send_chunks(key, done, OUTSTANDING_CHUNKS)
+            self._outbox.begin(key, done)
         else:
-            self._publish(key, done.status, done.payload)
+            # If it is lost, the request comes again; only then is the acknowledgement worth its time.
+            small = done.payload.nbytes <= BULK_ABOVE_BYTES
+            qos = 0 if small and not again and self._transport.connected else 1
+            payload = done.payload.join()
+            self._publish(self._transport, key.respond_to, key, 200, payload, qos=qos)
 
-    def _send_chunks(self, key: _Key, done: _Answered, credits: int) -> None:
-        every = list(chunks.ranges(len(done.payload)))
-        with self._lock:
-            first = done.next_chunk
-            done.next_chunk = min(len(every), first + credits)
-            due = every[first : done.next_chunk]
-        for offset, length in due:
-            self._send_chunk(key, done, offset, length)
+    def _publish_chunk(self, key: Key, answer: Answered, chunk: bytes) -> None:
+        asker = topics.parse(key.respond_to)
+        apart = answer.minor >= BULK_SINCE and asker is not None
+        topic = topics.data(asker.owner, self._device) if apart and asker else key.respond_to
+        self._publish(self._bulk, topic, key, 206, chunk)
 
-    def _send_chunk(self, key: _Key, done: _Answered, offset: int, length: int) -> None:
-        self._publish(key, 206, chunks.cut(done.payload, offset, length, done.sha256))
-
-    def _publish(self, key: _Key, status: int, payload: bytes) -> None:
-        self._transport.publish(
+    def _publish(
+        self,
+        transport: Transport,
+        topic: str,
+        key: Key,
+        status: int,
+        payload: bytes,
+        *,
+        qos: int = 1,
+    ) -> None:
+        transport.publish(
             Message(
-                topic=key.respond_to,
+                topic=topic,
                 payload=payload,
+                qos=qos,
                 correlation=key.correlation,
                 user={"status": str(status), "v": PROTOCOL, "src": self._device},
             )
         )
+
+
+def _late(job: Job) -> Expired:
+    return Expired(f"the request waited longer than its {job.message.expiry_s} s")

@@ -15,7 +15,7 @@ class Message:
     """An MQTT 5 PUBLISH (OASIS MQTT 5.0, section 3.3), as far as the contract uses it."""
 
     topic: str
-    payload: bytes
+    payload: bytes | bytearray | memoryview
     qos: int = 1
     retain: bool = False
     response_topic: str = ""
@@ -40,6 +40,20 @@ class Transport(Protocol):
 
     def on_connect(self, action: Callable[[], None]) -> None:
         """Run `action` after every successful (re)connection, and now if there is one."""
+        ...
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection now. What is published without one is sent with the next."""
+        ...
+
+    @property
+    def room(self) -> bool:
+        """Whether one more chunk can be published without a long queue of them."""
+        ...
+
+    def on_room(self, action: Callable[[], None]) -> None:
+        """Run `action`, on the connection's thread, when there may be room again."""
         ...
 
     def publish(self, message: Message) -> None:

@@ -58,7 +58,9 @@ class World:
         """The methods that were asked for, in order."""
         parsed = [topics.parse(m.topic) for m in list(self.published)]
         return [
-            t.rest for t in parsed if t and t.channel == "req" and (not device or t.owner == device)
+            t.rest
+            for t in parsed
+            if t and t.channel in ("req", "put") and (not device or t.owner == device)
         ]
 
 

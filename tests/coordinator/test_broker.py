@@ -18,6 +18,7 @@ from edge_teacher.contract.errors import CheckFailed, UsageError
 from edge_teacher.contract.limits import CHUNK_BYTES, Limits
 from edge_teacher.rpc.invoke import Caller
 from edge_teacher.rpc.paho import PahoTransport
+from edge_teacher.rpc.pair import connect_pair
 from edge_teacher.rpc.serve import Server
 from edge_teacher.rpc.transport import Message
 from tests.coordinator.test_processes import alive, wait_until
@@ -81,6 +82,29 @@ def test_it_carries_questions_and_chunked_answers_and_births(kind: Kind, tmp_pat
         server.drain()
         a.close()
         b.close()
+
+
+def test_it_carries_control_and_data_apart(kind: Kind, tmp_path: Path) -> None:
+    with local_broker(tmp_path, kind=kind) as broker:
+        theirs, ours = (connect_pair(broker.address, name) for name in (DEVICE, "ada"))
+        assert theirs.bulk is not theirs.control
+        device = Device()
+        server = Server(theirs.control, DEVICE, device.methods(), limits=Limits(), bulk=theirs.bulk)
+        server.start()
+        caller = Caller(ours.control, "ada", bulk=ours.bulk, retry_s=1)
+        count = 5 * CHUNK_BYTES + 3
+        for _ in range(2):
+            sent = {"up": noise(400_000)}
+            _, tensors = caller.call(
+                DEVICE, "echo", Ask(bytes_back=count), sent, answer=Said, timeout_s=60
+            )
+            assert np.array_equal(tensors["noise"], noise(count))
+            assert np.array_equal(tensors["up"], sent["up"])
+        assert len(device.executed) == 2
+        caller.close()
+        server.drain()
+        theirs.close()
+        ours.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -20,11 +20,15 @@ Received = tuple[Chunk, frame.Array]
 changed = msgspec.structs.replace
 
 
+def encoded(payload: bytes) -> frame.Encoded:
+    return frame.Encoded((payload,), len(payload))
+
+
 def received(payload: bytes) -> list[Received]:
     digest = hashlib.sha256(payload).hexdigest()
     found = []
     for offset, length in chunks.ranges(len(payload)):
-        chunk, tensors = frame.decode(chunks.cut(payload, offset, length, digest), Chunk)
+        chunk, tensors = frame.decode(chunks.cut(encoded(payload), offset, length, digest), Chunk)
         found.append((chunk, tensors["data"]))
     return found
 
@@ -101,7 +105,7 @@ def test_a_frame_of_no_bytes_is_malformed(total: int) -> None:
 def test_chunks_that_add_up_to_something_else_are_malformed() -> None:
     lying = "11" * 32
     parts = Reassembly(Chunk(offset=0, total_bytes=5, crc32=0, sha256=lying), 1 << 20)
-    chunk, tensors = frame.decode(chunks.cut(b"hello", 0, 5, lying), Chunk)
+    chunk, tensors = frame.decode(chunks.cut(encoded(b"hello"), 0, 5, lying), Chunk)
     assert parts.add(chunk, tensors["data"])
     with pytest.raises(Malformed, match="SHA-256"):
         parts.whole()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -218,8 +219,7 @@ class TestFaults:
         def drop_after_two(message: Message) -> list[Message]:
             if channel_of(message) == "ctl" and not forgotten:
                 forgotten.append(True)
-                here.server._cache.clear()
-                here.server._cached_bytes = 0
+                here.server._answers.clear()
             return [message]
 
         forgotten: list[bool] = []
@@ -414,3 +414,90 @@ def test_counting_loses_nothing_between_threads() -> None:
             thread.join()
         counted = here.caller.wire[DEVICE]["echo"]
         assert counted.sent == sum(len(m.payload) for m in here.sent_to("req"))
+
+
+class TestAnswers:
+    """The iterator: as they come, taken from the source only when they are about to be sent."""
+
+    def test_as_they_come(self) -> None:
+        with world(workers=3) as here:
+            bodies = [Ask(text=str(i)) for i in range(6)]
+            found = {}
+            for number, future in here.caller.answers(DEVICE, "echo", bodies, outstanding=3):
+                assert future.done()
+                found[number] = frame.decode(future.result(), Said)[0].text
+            assert found == {i: str(i) for i in range(6)}
+
+    def test_one_that_takes_long_does_not_hold_up_the_others(self) -> None:
+        with world(workers=2) as here:
+            held = here.caller.submit(DEVICE, "hold", Ask(text="held"), timeout_s=20)
+            assert here.device.begun.acquire(timeout=10)
+            bodies = (Ask(text=str(i)) for i in range(5))
+            numbers = [n for n, _ in here.caller.answers(DEVICE, "echo", bodies, outstanding=2)]
+            assert sorted(numbers) == list(range(5))
+            assert not held.done()
+
+    def test_no_more_is_taken_than_may_be_outstanding(self) -> None:
+        taken: list[int] = []
+
+        def bodies() -> Iterator[Ask]:
+            for i in range(10):
+                taken.append(i)
+                yield Ask(text=str(i))
+
+        with world() as here:
+            arriving = here.caller.answers(DEVICE, "echo", bodies(), outstanding=2)
+            next(arriving)
+            assert taken == [0, 1]
+            next(arriving)
+            assert taken == [0, 1, 2]
+            arriving.close()
+
+    def test_an_error_is_in_its_place_and_the_rest_goes_on(self) -> None:
+        with world() as here:
+            arriving = here.caller.answers(DEVICE, "fail", [Ask(), Ask()])
+            errors = [type(future.exception()) for _, future in arriving]
+            assert errors == [RuntimeFailed, RuntimeFailed]
+
+    def test_closing_it_cancels_what_is_outstanding(self) -> None:
+        with world() as here:
+            held = here.caller.submit(DEVICE, "hold", Ask(), timeout_s=20)
+            assert here.device.begun.acquire(timeout=10)
+            arriving = here.caller.answers(DEVICE, "hold", [Ask(text="unwanted")] * 3)
+            waiting = threading.Thread(target=lambda: list(arriving))
+            waiting.start()
+            end = time.monotonic() + 10
+            while len(here.sent_to("req")) < 3:
+                assert time.monotonic() < end
+            here.device.may_go_on.set()
+            waiting.join(10)
+            again = here.caller.answers(DEVICE, "echo", [Ask(text="x")] * 3, outstanding=3)
+            next(again)
+            again.close()
+            assert held.result(10)
+            assert here.caller._pending == {}
+
+
+def test_a_transport_that_fails_does_not_end_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    with world(fault=lambda m: [] if channel_of(m) == "req" else [m], retry_s=0.05) as here:
+        future = here.caller.submit(DEVICE, "echo", Ask(), timeout_s=0.6)
+        publish = here.caller._transport.publish
+        broken = threading.Event()
+
+        def fails(message: Message) -> None:
+            broken.set()
+            raise OSError("no buffer space")
+
+        monkeypatch.setattr(here.caller._transport, "publish", fails)
+        assert broken.wait(10)
+        with pytest.raises(Unreachable):
+            future.result(10)
+        monkeypatch.setattr(here.caller._transport, "publish", publish)
+        assert here.caller._watch.is_alive()
+
+
+def test_a_device_that_is_back_is_asked_again_at_once() -> None:
+    with world(fault=once(lambda m: channel_of(m) == "req"), retry_s=60) as here:
+        future = here.caller.submit(DEVICE, "echo", Ask(text="lost"), timeout_s=30)
+        here.caller.device_back(DEVICE)
+        assert frame.decode(future.result(10), Said)[0].text == "lost"

@@ -151,7 +151,7 @@ def test_the_answer_cache_is_bounded_in_bytes() -> None:
         peer.wait(8)
         # The two newest were remembered, the oldest had to be computed again.
         assert len(here.device.executed) == 6
-        assert here.server._cached_bytes <= 300_000
+        assert here.server._answers.nbytes <= 300_000
 
 
 @pytest.mark.parametrize(
@@ -379,3 +379,47 @@ class TestChunks:
         payload = np.concatenate(pieces).tobytes()
         _, tensors = frame.decode(payload, Said)
         assert np.array_equal(tensors["noise"], noise(5 * CHUNK_BYTES + 99))
+
+
+def test_a_worker_outlives_a_transport_that_fails(
+    here: World, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = here.device_transport.publish
+    failed = threading.Event()
+
+    def fails(message: Message) -> None:
+        failed.set()
+        raise OSError("no buffer space")
+
+    monkeypatch.setattr(here.device_transport, "publish", fails)
+    peer.ask(correlation=b"1")
+    assert failed.wait(10)
+    monkeypatch.setattr(here.device_transport, "publish", publish)
+    for i, correlation in enumerate((b"1", b"2")):  # the retry, and another
+        peer.ask(correlation=correlation)
+        found = peer.wait(i + 1)[i]
+        assert (found.correlation, found.user["status"]) == (correlation, "200")
+    assert len(here.device.executed) == 2
+
+
+def test_retry_after_follows_the_measured_time(here: World, peer: Peer) -> None:
+    assert here.server._retry_after_s() == 1.0  # nothing is known yet
+    peer.ask()
+    peer.wait(1)
+    peer.fence()
+    end = time.monotonic() + 10
+    while here.server._service_s is None:
+        assert time.monotonic() < end
+    assert here.server._retry_after_s() < 0.5
+    here.server._service_s = 1000.0
+    assert here.server._retry_after_s() == 30.0
+
+
+def test_an_idle_server_lets_go_of_old_answers() -> None:
+    with world(limits=Limits(answer_cache_s=0.05)) as here:
+        peer = Peer(here.broker.connect())
+        peer.ask()
+        peer.wait(1)
+        end = time.monotonic() + 10
+        while here.server._answers.nbytes:
+            assert time.monotonic() < end

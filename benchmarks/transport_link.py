@@ -1,0 +1,124 @@
+"""Control latency over a 10 Mbit/s link: two network namespaces, a veth pair, `tc … tbf` on both ends.
+
+One namespace holds the broker and the coordinator, the other the device.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.transport_peers import DEVICE, Give, Given, running
+from edge_teacher.contract.limits import MIB
+from edge_teacher.rpc.address import parse_broker
+from edge_teacher.rpc.invoke import Caller
+from edge_teacher.rpc.pair import connect_pair
+
+RATE = "10mbit"
+QUEUE = "400ms"
+"""What the link's own buffer holds: tc's documentation uses it, and home routers hold more."""
+
+_HERE, _THERE = "10.253.77.1", "10.253.77.2"
+_PORT = 1883
+
+
+def control_over_slow_link() -> float | None:
+    """p99 in ms of 1 kB round trips during one answer of 32 MiB; None where it cannot be measured."""
+    missing = [tool for tool in ("ip", "tc", "mosquitto") if not _find(tool)]
+    if os.geteuid() != 0 or missing:
+        why = f"{', '.join(missing)} is missing" if missing else "only root makes namespaces"
+        print(f"10 Mbit/s link: not measured, {why}")
+        return None
+    with _namespaces() as (here, there), tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "mosquitto.conf"
+        config.write_text(
+            f"listener {_PORT} {_HERE}\nallow_anonymous true\nset_tcp_nodelay true\nuser root\n"
+        )
+        binary = _find("mosquitto") or "mosquitto"
+        broker = subprocess.Popen(
+            [*_within(here), binary, "-c", str(config)], stderr=subprocess.DEVNULL
+        )
+        url = f"mqtt://{_HERE}:{_PORT}"
+        try:
+            time.sleep(1)
+            with running("device", url, within=_within(there)):
+                command = [*_within(here), sys.executable, "-m", "benchmarks.transport_link", url]
+                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        finally:
+            broker.kill()
+            broker.wait()
+    print(output, end="")
+    return float(output.split()[-1])
+
+
+@contextmanager
+def _namespaces() -> Iterator[tuple[str, str]]:
+    names = (f"fedsa-a-{os.getpid()}", f"fedsa-b-{os.getpid()}")
+    ends = (f"fa{os.getpid()}", f"fb{os.getpid()}")
+    try:
+        for name in names:
+            _run("ip", "netns", "add", name)
+        _run("ip", "link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+        for name, end, address in zip(names, ends, (_HERE, _THERE), strict=True):
+            _run("ip", "link", "set", end, "netns", name)
+            inside = ("ip", "-n", name)
+            _run(*inside, "addr", "add", f"{address}/24", "dev", end)
+            _run(*inside, "link", "set", "lo", "up")
+            _run(*inside, "link", "set", end, "up")
+            shape = ("tbf", "rate", RATE, "burst", "32kbit", "latency", QUEUE)
+            _run(*_within(name), "tc", "qdisc", "add", "dev", end, "root", *shape)
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
+
+
+def _within(namespace: str) -> tuple[str, ...]:
+    return ("ip", "netns", "exec", namespace)
+
+
+def _find(tool: str) -> str | None:
+    return shutil.which(tool) or shutil.which(tool, path="/usr/sbin:/sbin")
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True)
+
+
+def _measure(url: str) -> None:
+    pair = connect_pair(parse_broker(url), "ada-link")
+    caller = Caller(pair.control, "ada", bulk=pair.bulk)
+    caller.call(DEVICE, "give", Give(count=1024), answer=Given)
+    done = threading.Event()
+
+    def transfer() -> None:
+        caller.call(DEVICE, "give", Give(count=32 * MIB), answer=Given, timeout_s=300)
+        done.set()
+
+    began = time.perf_counter()
+    threading.Thread(target=transfer).start()
+    taken = []
+    while not done.is_set():
+        asked = time.perf_counter()
+        caller.call(DEVICE, "give", Give(count=1024), answer=Given, timeout_s=60)
+        taken.append((time.perf_counter() - asked) * 1e3)
+    seconds = time.perf_counter() - began
+    taken.sort()
+    print(
+        f"10 Mbit/s link: 32 MiB in {seconds:.1f} s; {len(taken)} control round trips, "
+        f"median {taken[len(taken) // 2]:.1f} ms, p99 {taken[int(len(taken) * 0.99)]:.1f}"
+    )
+    caller.close()
+    pair.close()
+
+
+if __name__ == "__main__":
+    _measure(sys.argv[1])

@@ -1,0 +1,115 @@
+"""Chunks on their way: each answer as fast as its receiver's credits allow, several in turn.
+
+Nothing is queued as bytes. What is due are numbers of chunks, cut only when the connection has room for
+one more, so that neither a slow link nor a flood of control messages makes memory grow.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from edge_teacher.contract.limits import CHUNK_BYTES
+from edge_teacher.rpc import chunks
+from edge_teacher.rpc.answer_cache import Answered
+from edge_teacher.rpc.chunks import WINDOW
+from edge_teacher.rpc.fair_queue import Key
+from edge_teacher.rpc.transport import Transport
+
+Publish = Callable[[Key, Answered, bytes], None]
+
+
+@dataclass
+class _Transfer:
+    answer: Answered
+    next: int = 0
+    granted: int = 0
+    """Chunks before this one may be sent."""
+    again: OrderedDict[int, None] = field(default_factory=OrderedDict)
+
+    def take(self) -> int | None:
+        if self.again:
+            return self.again.popitem(last=False)[0]
+        if self.next < self.granted:
+            self.next += 1
+            return self.next - 1
+        return None
+
+
+class Outbox:
+    """Thread-safe. Sends on whichever thread makes something due, or makes room."""
+
+    def __init__(self, transport: Transport, publish: Publish) -> None:
+        self._transport = transport
+        self._publish = publish
+        self._transfers: OrderedDict[Key, _Transfer] = OrderedDict()
+        self._lock = threading.Lock()
+        transport.on_room(self._send)
+
+    def begin(self, key: Key, answer: Answered) -> None:
+        """From the first chunk, also when it had been sent before: the receiver has asked anew."""
+        with self._lock:
+            granted = min(WINDOW, chunks.count(answer.payload.nbytes))
+            self._transfers[key] = _Transfer(answer, granted=granted)
+        self._send()
+
+    def credit(self, key: Key, credits: int) -> None:
+        with self._lock:
+            transfer = self._transfers.get(key)
+            if transfer is None:
+                return
+            end = chunks.count(transfer.answer.payload.nbytes)
+            transfer.granted = min(end, transfer.granted + max(0, min(credits, WINDOW)))
+        self._send()
+
+    def resend(self, key: Key, answer: Answered, ranges: tuple[tuple[int, int], ...]) -> None:
+        """Some of the chunks again; the next credit goes on behind them, for what lies before has arrived."""
+        with self._lock:
+            transfer = self._transfers.setdefault(key, _Transfer(answer))
+            total = answer.payload.nbytes
+            known = [
+                offset // CHUNK_BYTES
+                for offset, length in ranges
+                if 0 <= offset < total
+                and offset % CHUNK_BYTES == 0
+                and length == min(CHUNK_BYTES, total - offset)
+            ]
+            for index in known[:WINDOW]:
+                transfer.again[index] = None
+                transfer.next = max(transfer.next, index + 1)
+                transfer.granted = max(transfer.granted, transfer.next)
+        self._send()
+
+    def end(self, key: Key) -> None:
+        """No further chunk of it."""
+        with self._lock:
+            self._transfers.pop(key, None)
+
+    def keep(self, known: Callable[[Key], bool]) -> None:
+        """End all but those."""
+        with self._lock:
+            for key in [k for k in self._transfers if not known(k)]:
+                del self._transfers[key]
+
+    def _send(self) -> None:
+        while self._transport.room:
+            with self._lock:
+                found = next(
+                    (
+                        (key, transfer, index)
+                        for key, transfer in self._transfers.items()
+                        if (index := transfer.take()) is not None
+                    ),
+                    None,
+                )
+                if found is None:
+                    return
+                key, transfer, index = found
+                self._transfers.move_to_end(key)
+            answer = transfer.answer
+            offset = index * CHUNK_BYTES
+            length = min(CHUNK_BYTES, answer.payload.nbytes - offset)
+            chunk = chunks.cut(answer.payload, offset, length, answer.sha256)
+            self._publish(key, answer, chunk)

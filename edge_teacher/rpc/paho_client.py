@@ -1,0 +1,256 @@
+"""paho's client with its three slow places replaced; PahoTransport is what uses it.
+
+paho reads a packet's first bytes one by one, copies what is left of it at every property and every send,
+and hands each packet to its thread through a socket pair: of a 512 KiB chunk it makes some 15 copies, and
+a small message costs a dozen system calls and two thread switches. Here the socket is read through a
+buffer, a packet through memoryviews, a publisher writes to the socket itself when nothing is in its way,
+and properties are packed and read by the few lines the contract needs.
+
+This overrides methods paho does not promise to keep, so `setup.py` names the minor versions it is known to
+fit, and `tests/edge_teacher/rpc/test_paho_client.py` fails where they are not called any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from paho.mqtt.client import Client
+from paho.mqtt.enums import MQTTErrorCode
+
+from edge_teacher.rpc.transport import Message
+
+_RECEIVE_BYTES = 64 * 1024
+"""Read at once: a larger buffer is taken from the kernel and given back at every call."""
+
+_PUBLISH = 0x30
+
+# MQTT 5.0, section 2.2.2.2: what a PUBLISH may carry, by how long the value is.
+_EXPIRY, _RESPONSE_TOPIC, _CORRELATION, _USER = 0x02, 0x08, 0x09, 0x26
+_FIXED = {0x01: 1, _EXPIRY: 4, 0x23: 2}
+_TEXT = frozenset({0x03, _RESPONSE_TOPIC, _CORRELATION})
+_SUBSCRIPTION = 0x0B
+
+
+class PackedProperties:
+    """The properties of one PUBLISH, already as bytes; stands where paho has its `Properties`."""
+
+    def __init__(self, message: Message) -> None:
+        parts = []
+        if message.expiry_s is not None:
+            parts.append(struct.pack("!BI", _EXPIRY, message.expiry_s))
+        if message.response_topic:
+            parts.append(_text(_RESPONSE_TOPIC, message.response_topic.encode()))
+        if message.correlation:
+            parts.append(_text(_CORRELATION, message.correlation))
+        for key, value in message.user.items():
+            parts.append(_text(_USER, key.encode()))
+            parts.append(_text(None, value.encode()))
+        body = b"".join(parts)
+        self._packed = _length(len(body)) + body
+
+    def pack(self) -> bytes:
+        return self._packed
+
+
+class _Buffered:
+    """A socket that is read in large pieces. `pending` is what paho asks a TLS socket before it waits."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._held = b""
+        self._at = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def recv(self, count: int) -> bytes:
+        if self._at == len(self._held):
+            data: bytes = self._connection.recv(_RECEIVE_BYTES)
+            if len(data) <= count:
+                return data
+            self._held, self._at = data, 0
+        found = self._held[self._at : self._at + count]
+        self._at += len(found)
+        if self._at == len(self._held):
+            self._held, self._at = b"", 0
+        return found
+
+    def pending(self) -> int:
+        further = getattr(self._connection, "pending", None)
+        return len(self._held) - self._at + (further() if further else 0)
+
+
+class FastClient(Client):
+    """`received` is called on paho's thread with each PUBLISH."""
+
+    def __init__(self, received: Callable[[Message], None], *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._received = received
+        self._writing = threading.Lock()
+        self.may_write_directly = False
+        """Between CONNACK and the end of a connection without TLS, whose sockets take one thread at a time."""
+
+    def _create_socket(self) -> Any:
+        return _Buffered(super()._create_socket())
+
+    def _packet_queue(
+        self, command: int, packet: Any, mid: int, qos: int, info: Any = None
+    ) -> MQTTErrorCode:
+        view = memoryview(packet)  # so that paho's slices of what is left copy nothing
+        if threading.current_thread() is self._thread:
+            # It writes before it waits again, and need not be woken.
+            self._out_packet.append(_out(command, view, mid, qos, info, 0))
+            return MQTTErrorCode.MQTT_ERR_SUCCESS
+        if self.may_write_directly and self._writing.acquire(blocking=False):
+            try:
+                if not self._out_packet and (sent := self._send_now(view)):
+                    if sent < len(view):  # the rest comes before anything else
+                        self._out_packet.appendleft(_out(command, view, mid, qos, info, sent))
+                        self._wake()
+                    elif info is not None and qos == 0 and command & 0xF0 == _PUBLISH:
+                        info._set_as_published()
+                    return MQTTErrorCode.MQTT_ERR_SUCCESS
+            finally:
+                self._writing.release()
+        return super()._packet_queue(command, view, mid, qos, info)  # type: ignore[arg-type]
+
+    def _packet_write(self) -> MQTTErrorCode:
+        with self._writing:
+            return super()._packet_write()
+
+    def _send_now(self, view: memoryview) -> int:
+        """Bytes the socket took at once. An error is left to paho's thread, which meets it too."""
+        connection = self._sock
+        if connection is None:
+            return 0
+        try:
+            sent: int = connection.send(view)  # type: ignore[arg-type]  # any buffer will do
+        except OSError:
+            return 0
+        with self._msgtime_mutex:
+            self._last_msg_out = time.monotonic()
+        return sent
+
+    def _wake(self) -> None:
+        if self._sockpairW is not None:
+            with contextlib.suppress(BlockingIOError):
+                self._sockpairW.send(b"0")
+
+    def _handle_publish(self) -> MQTTErrorCode:
+        first = self._in_packet["command"]
+        try:
+            message, identifier = read_publish(first, memoryview(self._in_packet["packet"]))
+        except (ValueError, struct.error, IndexError):
+            return MQTTErrorCode.MQTT_ERR_PROTOCOL
+        with self._in_callback_mutex:
+            self._received(message)
+        if message.qos == 1:
+            return self._send_puback(identifier)
+        return MQTTErrorCode.MQTT_ERR_SUCCESS
+
+
+def read_publish(first: int, packet: memoryview) -> tuple[Message, int]:
+    """A PUBLISH without its fixed header -> (message, packet identifier).
+
+    Raises ValueError, struct.error or IndexError for what is none; also for QoS 2, which this client
+    never subscribes with.
+    """
+    qos = first >> 1 & 3
+    if qos > 1:
+        raise ValueError("QoS 2")
+    topic, at = _take_text(packet, 0)
+    identifier = 0
+    if qos:
+        (identifier,) = struct.unpack_from("!H", packet, at)
+        at += 2
+    length, at = _take_length(packet, at)
+    end = at + length
+    if end > len(packet):
+        raise ValueError("the properties are longer than the packet")
+    expiry: int | None = None
+    texts: dict[int, bytes] = {}
+    user: dict[str, str] = {}
+    while at < end:
+        kind = packet[at]
+        at += 1
+        if kind == _USER:
+            key, at = _take_text(packet, at)
+            value, at = _take_text(packet, at)
+            user[str(key, "utf-8")] = str(value, "utf-8")
+        elif kind in _TEXT:
+            text, at = _take_text(packet, at)
+            texts[kind] = bytes(text)
+        elif kind == _SUBSCRIPTION:
+            _, at = _take_length(packet, at)
+        else:
+            size = _FIXED.get(kind)
+            if size is None:
+                raise ValueError(f"unknown property {kind}")
+            if kind == _EXPIRY:
+                (expiry,) = struct.unpack_from("!I", packet, at)
+            at += size
+    if at != end:
+        raise ValueError("a property is longer than all of them")
+    message = Message(
+        topic=str(topic, "utf-8"),
+        # What is large stays where it was received; a small one does not hold on to its packet.
+        payload=packet[end:] if len(packet) - end > _RECEIVE_BYTES else bytes(packet[end:]),
+        qos=qos,
+        retain=bool(first & 1),
+        response_topic=texts.get(_RESPONSE_TOPIC, b"").decode(),
+        correlation=texts.get(_CORRELATION, b""),
+        expiry_s=expiry,
+        user=user,
+    )
+    return message, identifier
+
+
+def _out(command: int, view: memoryview, mid: int, qos: int, info: Any, pos: int) -> Any:
+    return {
+        "command": command,
+        "mid": mid,
+        "qos": qos,
+        "pos": pos,
+        "to_process": len(view) - pos,
+        "packet": view,
+        "info": info,
+    }
+
+
+def _text(kind: int | None, value: bytes) -> bytes:
+    head = b"" if kind is None else bytes([kind])
+    return head + struct.pack("!H", len(value)) + value
+
+
+def _length(value: int) -> bytes:
+    """A variable byte integer (section 1.5.5)."""
+    found = bytearray()
+    while True:
+        value, low = divmod(value, 128)
+        found.append(low | (0x80 if value else 0))
+        if not value:
+            return bytes(found)
+
+
+def _take_length(packet: memoryview, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in (0, 7, 14, 21):
+        byte = packet[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+    raise ValueError("a length of more than four bytes")
+
+
+def _take_text(packet: memoryview, at: int) -> tuple[memoryview, int]:
+    (size,) = struct.unpack_from("!H", packet, at)
+    end = at + 2 + size
+    if end > len(packet):
+        raise ValueError("a text is longer than the packet")
+    return packet[at + 2 : end], end

@@ -1,0 +1,132 @@
+"""What replaces paho's slow places is in use, and says on the wire what the standard wants."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+from edge_teacher.rpc import paho_client
+from edge_teacher.rpc.paho import PahoTransport
+from edge_teacher.rpc.paho_client import FastClient, PackedProperties, read_publish
+from edge_teacher.rpc.transport import Message
+from tests.brokers import Mosquitto
+from tests.edge_teacher.rpc.test_paho import Inbox
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
+messages = st.builds(
+    Message,
+    topic=texts.filter(bool),
+    payload=st.binary(max_size=200),
+    qos=st.sampled_from([0, 1]),
+    retain=st.booleans(),
+    response_topic=texts,
+    correlation=st.binary(max_size=70),
+    expiry_s=st.none() | st.integers(0, (1 << 32) - 1),
+    user=st.dictionaries(texts, texts, max_size=4),
+)
+
+
+def publish_packet(message: Message, properties: bytes) -> tuple[int, bytes]:
+    """(first byte, what follows the length), by section 3.3 of the standard."""
+    topic = message.topic.encode()
+    head = struct.pack("!H", len(topic)) + topic + (struct.pack("!H", 7) if message.qos else b"")
+    return 0x30 | message.qos << 1 | message.retain, head + properties + bytes(message.payload)
+
+
+@given(messages)
+def test_what_is_packed_is_read_back(message: Message) -> None:
+    first, packet = publish_packet(message, PackedProperties(message).pack())
+    found, identifier = read_publish(first, memoryview(packet))
+    assert found == message
+    assert identifier == (7 if message.qos else 0)
+
+
+@given(messages)
+def test_paho_reads_what_is_packed_and_the_other_way_round(message: Message) -> None:
+    theirs = Properties(PacketTypes.PUBLISH)
+    theirs.unpack(PackedProperties(message).pack())
+    assert getattr(theirs, "ResponseTopic", "") == message.response_topic
+    assert getattr(theirs, "CorrelationData", b"") == message.correlation
+    assert getattr(theirs, "MessageExpiryInterval", None) == message.expiry_s
+    assert dict(getattr(theirs, "UserProperty", [])) == message.user
+    theirs.PayloadFormatIndicator = 1
+    theirs.TopicAlias = 3
+    theirs.ContentType = "x"
+    first, packet = publish_packet(message, theirs.pack())
+    assert read_publish(first, memoryview(packet))[0] == message
+
+
+@given(messages, st.integers(0, 80))
+def test_every_truncation_before_the_payload_is_refused(message: Message, end: int) -> None:
+    first, packet = publish_packet(message, PackedProperties(message).pack())
+    head = len(packet) - len(message.payload)
+    with pytest.raises((ValueError, IndexError, struct.error)):
+        read_publish(first, memoryview(packet[: min(end, head - 1)]))
+
+
+def test_paho_calls_what_replaces_it(mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: set[str] = set()
+
+    for name in (
+        "_packet_queue",
+        "_packet_write",
+        "_handle_publish",
+        "_create_socket",
+        "_send_now",
+    ):
+        original = getattr(FastClient, name)
+
+        def noting(
+            self: FastClient, *a: object, _n: str = name, _o=original, **k: object
+        ) -> object:  # type: ignore[no-untyped-def]
+            called.add(_n)
+            return _o(self, *a, **k)
+
+        monkeypatch.setattr(FastClient, name, noting)
+    reads: list[int] = []
+    receive = paho_client._Buffered.recv
+    monkeypatch.setattr(
+        paho_client._Buffered, "recv", lambda self, n: reads.append(n) or receive(self, n)
+    )
+    transport = PahoTransport(mosquitto.address, "a")
+    inbox = Inbox(transport, "x")
+    transport.publish(Message(topic="x", payload=b"1"))
+    inbox.wait(1)
+    transport.close()
+    assert called == {
+        "_packet_queue",
+        "_packet_write",
+        "_handle_publish",
+        "_create_socket",
+        "_send_now",
+    }
+    assert reads
+
+
+def test_many_threads_publish_whole_packets(mosquitto: Mosquitto) -> None:
+    """They write to one socket: what one began must be finished before another begins."""
+    import threading
+
+    sender, receiver = (PahoTransport(mosquitto.address, name) for name in ("a", "b"))
+    inbox = Inbox(receiver, "x/+")
+
+    def publish(number: int) -> None:
+        for i in range(40):
+            payload = bytes([number]) * (1 if i % 2 else 300_000)
+            sender.publish(Message(topic=f"x/{number}", payload=payload, qos=i % 2))
+
+    threads = [threading.Thread(target=publish, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for message in inbox.wait(160):
+        assert set(bytes(message.payload)) == {int(message.topic[2:])}
+        assert len(message.payload) in (1, 300_000)
+    sender.close()
+    receiver.close()
