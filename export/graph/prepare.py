@@ -69,9 +69,8 @@ def _measure_freed(
 
 
 def _joins_images(network: Network, name: str) -> bool:
-    """Whether an output has the batch in its shape, and not as its first axis alone."""
-    shape = network.value(name).shape if network.has(name) else ()
-    return any(dim.batched for dim in shape) and shape[0] != BATCH
+    """Whether an output does not start with the batch: then images were joined, or all but one dropped."""
+    return network.has(name) and network.value(name).shape[:1] != (BATCH,)
 
 
 def _freed_too(model: onnx.ModelProto, image: str, sizes: tuple[int, ...]) -> bool:
