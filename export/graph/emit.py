@@ -135,6 +135,10 @@ class Ops:
         shape = broadcast(condition.shape, then.shape, other.shape)
         return self.emit("Where", [condition, then, other], shape, like.dtype)
 
+    def keep(self, x: Value, mask: Value) -> Value:
+        """x where the mask is true, else 0: as a product, at half the cost of a selection by Where."""
+        return self.mul(x, self.cast(mask, x.dtype))
+
     def cast(self, x: Value, dtype: int) -> Value:
         return x if x.dtype == dtype else self.emit("Cast", [x], x.shape, dtype, to=dtype)
 

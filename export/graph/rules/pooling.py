@@ -62,9 +62,9 @@ def max_pool(step: Step) -> None:
             stride, out = window.strides[axis - 2], y.shape[axis].size
             seen = ops.slice(seen, axis, start, start + (out - 1) * stride + 1, stride)
         wins = ops.binary("Equal", seen, y)
-        taken = ops.where(wins, left, 0)
+        taken = ops.keep(left, wins)
         if number + 1 < len(offsets):
-            left = ops.where(wins, 0, left)
+            left = ops.sub(left, taken)  # to the bit: a number minus itself, or minus zero
         _add_shifted(ops, phases, taken, offset, window)
     _give_phases(step, window, phases)
 
