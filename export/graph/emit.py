@@ -50,6 +50,8 @@ class Ops:
         self._one_hots: dict[str, tuple[Value, int]] = {}
         self._reshaped: dict[str, Value] = {}
         self._scaled: dict[str, tuple[Value, float]] = {}
+        self.masked_by: dict[str, str] = {}
+        """Gradients that are zero already wherever the named tensor is not positive."""
 
     # -- the two primitives -------------------------------------------------------------------
 

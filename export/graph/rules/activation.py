@@ -16,7 +16,9 @@ from export.graph.rules.broadcasting import sum_to
 @rule("Relu")
 def relu(step: Step) -> None:
     """y = max(x, 0); dx = dy where y > 0."""
-    step.give(0, step.ops.keep(step.dy, step.ops.greater(step.y(), 0)))
+    ops, dy = step.ops, step.dy
+    masked = ops.masked_by.get(dy.name) == step.y().name
+    step.give(0, dy if masked else ops.keep(dy, ops.greater(step.y(), 0)))
 
 
 @rule("ThresholdedRelu")

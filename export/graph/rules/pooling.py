@@ -53,6 +53,10 @@ def max_pool(step: Step) -> None:
     axes = range(2, x.rank)
     offsets = list(product(*(range(k) for k in window.kernel)))
     left = step.dy  # what of dy no earlier offset has taken
+    maker = step.network.producer.get(x.name)
+    after_relu = maker is not None and maker.op_type == "Relu"
+    if after_relu:  # its mask, at the smaller of the two resolutions
+        left = ops.keep(left, ops.greater(y, 0))
     phases: dict[tuple[int, ...], Value] = {}
     padded = _pad_with_lowest(step, window)
     for number, offset in enumerate(offsets):
@@ -66,7 +70,10 @@ def max_pool(step: Step) -> None:
         if number + 1 < len(offsets):
             left = ops.sub(left, taken)  # to the bit: a number minus itself, or minus zero
         _add_shifted(ops, phases, taken, offset, window)
-    _give_phases(step, window, phases)
+    dx = _joined_phases(step, window, phases)
+    if after_relu:
+        ops.masked_by[dx.name] = x.name
+    step.give(0, dx)
 
 
 def _pad_with_lowest(step: Step, window: Geometry) -> Value:
@@ -105,7 +112,7 @@ def _add_shifted(
     phases[phase] = ops.add(phases[phase], taken) if phase in phases else taken
 
 
-def _give_phases(step: Step, window: Geometry, phases: dict[tuple[int, ...], Value]) -> None:
+def _joined_phases(step: Step, window: Geometry, phases: dict[tuple[int, ...], Value]) -> Value:
     """Interleave the phases into one map, and cut the padding off.
 
     A transposed convolution per channel, whose kernel holds a single one for each phase, puts every number in
@@ -146,4 +153,4 @@ def _give_phases(step: Step, window: Geometry, phases: dict[tuple[int, ...], Val
             dx = ops.slice(dx, 2 + i, window.begin[i], sizes[i] - spare[i])
     for i in range(spatial):
         dx = ops.pad(dx, 2 + i, 0, wanted[i] - dx.shape[2 + i].size)
-    step.give(0, dx)
+    return dx
