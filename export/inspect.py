@@ -21,6 +21,7 @@ from export.graph.prepare import image_input
 from export.graph.registry import find, label
 
 DEFAULT_SIZE = 224  # where the file leaves the image size free
+_OTHER_SIZES = ((48, 192), (32, 128), (320, 320), (640, 640))  # text lines, detectors
 _TRIALS = 6  # taps tried, from the logits backwards, until one has a map that is not flat
 
 
@@ -82,8 +83,7 @@ def inspect(path: Path, spec: InputSpec | None = None) -> Inspection:
     network that does not run.
     """
     model = load(path)
-    spec = spec or guess_spec(model)
-    network = prepare(model, spec)
+    spec, network = (spec, prepare(model, spec)) if spec else _first_that_runs(model)
     outputs = [info.name for info in network.model.graph.output]
     logits, problem = None, None
     try:
@@ -152,6 +152,27 @@ def guess_spec(model: onnx.ModelProto) -> InputSpec:
     )
 
 
+def _first_that_runs(model: onnx.ModelProto) -> tuple[InputSpec, Network]:
+    """The guessed spec and the measured network; where the file leaves the size free, the first size that runs.
+
+    Raises UnsupportedNetwork, in the words of the first size, if none does.
+    """
+    guess = guess_spec(model)
+    sizes = image_input(to_opset18(model).graph).type.tensor_type.shape.dim
+    refusal: UnsupportedNetwork | None = None
+    for height, width in ((DEFAULT_SIZE, DEFAULT_SIZE), *_OTHER_SIZES):
+        place = 2 if guess.layout == "NCHW" else 1
+        said = sizes[place].dim_value or height, sizes[place + 1].dim_value or width
+        spec = msgspec.structs.replace(guess, size=said)
+        try:
+            return spec, prepare(model, spec)
+        except UnsupportedNetwork as error:
+            refusal = refusal or error
+        if said == guess.size and all(sizes[place + i].dim_value for i in (0, 1)):
+            break
+    raise refusal or UnsupportedNetwork("the network has no image size")
+
+
 def candidates(network: Network, logits: str, spec: InputSpec) -> tuple[TapCandidate, ...]:
     """Feature maps and token tensors that every path from the image to the logits passes through, in order."""
     between = _between(network, logits)
@@ -160,6 +181,14 @@ def candidates(network: Network, logits: str, spec: InputSpec) -> tuple[TapCandi
         for name in node.input:
             if name in between:
                 last_use[name] = i
+    # tokens were once a grid; three-dimensional tensors of a detector only look like tokens
+    grids = {
+        (a.size, b.size)
+        for name in between
+        if network.has(name)
+        for a, b in zip(network.value(name).shape[1:], network.value(name).shape[2:], strict=False)
+        if network.value(name).rank > 3
+    }
     found: list[TapCandidate] = []
     live: set[str] = set()
     sizes: list[tuple[int, int]] = []
@@ -177,7 +206,7 @@ def candidates(network: Network, logits: str, spec: InputSpec) -> tuple[TapCandi
             layout = infer_layout(shape, name, spec.size)
         except UnsupportedNetwork:
             continue
-        if min(layout.size) < 2:
+        if min(layout.size) < 2 or (layout.axes == "NTC" and layout.size not in grids):
             continue
         if not sizes or _another_stage(sizes[-1], layout.size):
             sizes.append(layout.size)

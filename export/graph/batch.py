@@ -299,10 +299,11 @@ def _prove(
             continue
         axis = at.get(output.name)
         for i, single in enumerate((first, second)):
-            if axis is None:
-                got, expected = both, single
-            else:
-                got, expected = (np.take(y, [i * (y is both)], axis) for y in (both, single))
+            got = both if axis is None else np.take(both, [i], axis)
+            kept = (
+                axis is not None and single.ndim == both.ndim
+            )  # else its batch of one was squeezed
+            expected = np.take(single, [0], axis) if kept else single
             size = float(np.abs(expected).max(initial=0))
             same = got.size == expected.size
             if (

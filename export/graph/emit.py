@@ -48,6 +48,10 @@ class Ops:
         self._prefix = prefix
         self._seen: dict[tuple[object, ...], Value] = {}
         self._one_hots: dict[str, tuple[Value, int]] = {}
+        self._reshaped: dict[str, Value] = {}
+        self._scaled: dict[str, tuple[Value, float]] = {}
+        self.masked_by: dict[str, str] = {}
+        """Gradients that are zero already wherever the named tensor is not positive."""
 
     # -- the two primitives -------------------------------------------------------------------
 
@@ -109,9 +113,14 @@ class Ops:
         return self.binary("Sub", a, b)
 
     def mul(self, a: Value | float, b: Value | float) -> Value:
-        if isinstance(b, (int, float)) and b == 1 and isinstance(a, Value):
-            return a
-        return self.binary("Mul", a, b)
+        if not isinstance(a, Value) or isinstance(b, Value):
+            return self.binary("Mul", a, b)
+        source, factor = self._scaled.get(a.name, (a, 1.0))  # two factors become one
+        if factor * b == 1:
+            return source
+        scaled = self.binary("Mul", source, factor * b)
+        self._scaled[scaled.name] = (source, factor * b)
+        return scaled
 
     def div(self, a: Value | float, b: Value | float) -> Value:
         return self.binary("Div", a, b)
@@ -127,6 +136,10 @@ class Ops:
         other = b if isinstance(b, Value) else self.constant(b, like.dtype)
         shape = broadcast(condition.shape, then.shape, other.shape)
         return self.emit("Where", [condition, then, other], shape, like.dtype)
+
+    def keep(self, x: Value, mask: Value) -> Value:
+        """x where the mask is true, else 0: as a product, at half the cost of a selection by Where."""
+        return self.mul(x, self.cast(mask, x.dtype))
 
     def cast(self, x: Value, dtype: int) -> Value:
         return x if x.dtype == dtype else self.emit("Cast", [x], x.shape, dtype, to=dtype)
@@ -169,8 +182,9 @@ class Ops:
     # -- layout -------------------------------------------------------------------------------
 
     def transpose(self, x: Value, perm: Sequence[int]) -> Value:
-        if list(perm) == list(range(x.rank)):
-            return x
+        moved = [axis for axis in perm if x.shape[axis] != ONE]
+        if moved == sorted(moved):  # only axes of size 1 change places
+            return self.reshape(x, tuple(x.shape[axis] for axis in perm))
         return self.emit("Transpose", [x], tuple(x.shape[axis] for axis in perm), perm=list(perm))
 
     def swap_last(self, x: Value) -> Value:
@@ -178,6 +192,7 @@ class Ops:
         return self.transpose(x, [*range(x.rank - 2), x.rank - 1, x.rank - 2])
 
     def reshape(self, x: Value, shape: Shape) -> Value:
+        x = self._reshaped.get(x.name, x)  # a reshape of a reshape is one
         if x.shape == shape:
             return x
         if elements(x.shape) != elements(shape):
@@ -188,7 +203,9 @@ class Ops:
                 "size twice; tap a tensor after it"
             )
         sizes = [-1 if dim.batched else dim.size for dim in shape]
-        return self.emit("Reshape", [x, self.constant(sizes)], shape)
+        reshaped = self.emit("Reshape", [x, self.constant(sizes)], shape)
+        self._reshaped[reshaped.name] = x
+        return reshaped
 
     def expand(self, x: Value, like: Value, axes: Sequence[int] | None = None) -> Value:
         """Repeat `x` along `axes` (default: all) wherever it has size 1 and `like` has more."""

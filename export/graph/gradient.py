@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import onnx
 
 from export.graph import rules as _rules  # noqa: F401  (importing registers the rules)
 from export.graph.emit import FLOATS, Ops, Value
@@ -42,8 +43,7 @@ def gradients(
             continue
         rule = find(node)
         if rule is None:
-            where = f" in domain {node.domain}" if node.domain else ""
-            raise UnsupportedOperator(node.op_type, label(node), f"there is no rule for it{where}")
+            raise UnsupportedOperator(node.op_type, label(node), _why_no_rule(node))
         step = Step(node, network, ops, arriving, active)
         rule(step)
         for name, gradient in step.given:
@@ -52,6 +52,17 @@ def gradients(
         if name not in totals:
             totals[name] = _total(ops, pending, name) or _zero(network, ops, name)
     return totals
+
+
+def _why_no_rule(node: onnx.NodeProto) -> str:
+    if (
+        "Quantize" in node.op_type
+        or "Integer" in node.op_type
+        or node.op_type.startswith("QLinear")
+    ):
+        return "the network is quantised, and rounding has no derivative; use the float network it was made of"
+    where = f" in domain {node.domain}" if node.domain else ""
+    return f"there is no rule for it{where}"
 
 
 def _zero(network: Network, ops: Ops, name: str) -> Value:

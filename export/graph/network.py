@@ -79,19 +79,19 @@ class Network:
         return self._constants.get(name)
 
     def descendants(self, roots: Iterable[str]) -> set[str]:
-        """Every tensor computed from `roots`, the roots among them."""
+        """Every tensor whose numbers are computed from `roots`, the roots among them."""
         reached = set(roots)
         for node in self.model.graph.node:
-            if any(name in reached for name in _reads(node)):
+            if any(name in reached for name in reads_numbers(node)):
                 reached.update(name for name in node.output if name)
         return reached
 
     def ancestors(self, names: Iterable[str]) -> set[str]:
-        """Every tensor `names` are computed from, themselves among them."""
+        """Every tensor whose numbers `names` are computed from, themselves among them."""
         reached = set(names)
         for node in reversed(self.model.graph.node):
             if any(name in reached for name in node.output):
-                reached.update(name for name in _reads(node) if name)
+                reached.update(name for name in reads_numbers(node) if name)
         return reached
 
 

@@ -27,6 +27,7 @@ def prepare(model: onnx.ModelProto, spec: InputSpec, keep: Iterable[str] | None 
     native = to_opset18(model)
     graph = native.graph
     image = image_input(graph)
+    _refuse_dynamic_quantisation(graph)
     made = {name for node in graph.node for name in node.output if name}
     wanted = [info.name for info in graph.output] if keep is None else list(dict.fromkeys(keep))
     for name in wanted:
@@ -69,9 +70,8 @@ def _measure_freed(
 
 
 def _joins_images(network: Network, name: str) -> bool:
-    """Whether an output has the batch in its shape, and not as its first axis alone."""
-    shape = network.value(name).shape if network.has(name) else ()
-    return any(dim.batched for dim in shape) and shape[0] != BATCH
+    """Whether an output does not start with the batch: then images were joined, or all but one dropped."""
+    return network.has(name) and network.value(name).shape[:1] != (BATCH,)
 
 
 def _freed_too(model: onnx.ModelProto, image: str, sizes: tuple[int, ...]) -> bool:
@@ -79,6 +79,16 @@ def _freed_too(model: onnx.ModelProto, image: str, sizes: tuple[int, ...]) -> bo
         return free_batch(model, image, sizes, 1)
     except UnsupportedNetwork:  # then it is as its author meant it
         return False
+
+
+def _refuse_dynamic_quantisation(graph: onnx.GraphProto) -> None:
+    for node in graph.node:
+        if node.op_type.startswith("DynamicQuantize"):
+            raise UnsupportedNetwork(
+                f"the network is quantised on the fly ({node.op_type} at node {node.name!r}): its numbers "
+                "depend on all the images of a batch, and rounding has no derivative; "
+                "use the float network it was made of"
+            )
 
 
 def image_input(graph: onnx.GraphProto) -> onnx.ValueInfoProto:

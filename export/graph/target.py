@@ -26,6 +26,7 @@ from export.graph.network import Network
 from export.graph.shapes import BATCH, ONE, Dim, describe
 
 Reduction = Literal["top1", "mean", "best_path", "max"]
+_MOVES = {"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast"}
 _SQUASHES = {"Softmax", "Sigmoid"}
 _KEEPS_ORDER = {"Softmax", "LogSoftmax", "Sigmoid", "Identity", "Cast", "ArgMax"}
 
@@ -75,18 +76,44 @@ def _has_classes_of(network: Network, name: str) -> bool:
 
 
 def _scores_beside_boxes(network: Network, name: str) -> str | None:
-    """A one-stage detector joins boxes and squashed scores: the scores, if exactly one part is squashed."""
-    node = network.producer.get(name)
-    while node is not None and node.op_type == "Transpose":
-        node = network.producer.get(node.input[0])
-    if node is None or node.op_type != "Concat":
+    """A one-stage detector joins boxes and squashed scores: the scores before that, if there is one such part.
+
+    Raises UnsupportedNetwork, naming them, if there are several, as with a head at every level.
+    """
+    parts = _joined(network, name)
+    squashed = [
+        _before_softmax(network, part) for part in parts if _made_by(network, part) in _SQUASHES
+    ]
+    if not squashed or len(squashed) == len(parts):
         return None
-    squashed = []
-    for part in node.input:
-        maker = network.producer.get(part)
-        if maker is not None and maker.op_type in _SQUASHES:
-            squashed.append(_before_softmax(network, part))
-    return squashed[0] if len(squashed) == 1 and _has_classes_of(network, squashed[0]) else None
+    if len(squashed) > 1:
+        known = [f"{n!r} {describe(network.value(n).shape)}" for n in squashed if network.has(n)]
+        raise UnsupportedNetwork(
+            f"output {name!r} joins boxes and scores of several heads; name the class scores of one of them "
+            f"with `logits`: {', '.join(known)}"
+        )
+    return squashed[0] if _has_classes_of(network, squashed[0]) else None
+
+
+def _made_by(network: Network, name: str) -> str:
+    node = network.producer.get(name)
+    return node.op_type if node is not None else ""
+
+
+def _joined(network: Network, name: str) -> list[str]:
+    """What was joined, at whatever depth, into a tensor; empty if nothing was."""
+    parts: list[str] = []
+    stack = [name]
+    while stack:
+        tensor = stack.pop()
+        node = network.producer.get(tensor)
+        if node is not None and node.op_type == "Concat":
+            stack += reversed(node.input)
+        elif node is not None and node.op_type in _MOVES:
+            stack.append(node.input[0])
+        else:
+            parts.append(tensor)
+    return parts if len(parts) > 1 else []
 
 
 def _suppressed(network: Network) -> list[str]:

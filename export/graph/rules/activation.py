@@ -16,14 +16,16 @@ from export.graph.rules.broadcasting import sum_to
 @rule("Relu")
 def relu(step: Step) -> None:
     """y = max(x, 0); dx = dy where y > 0."""
-    step.give(0, step.ops.where(step.ops.greater(step.y(), 0), step.dy, 0))
+    ops, dy = step.ops, step.dy
+    masked = ops.masked_by.get(dy.name) == step.y().name
+    step.give(0, dy if masked else ops.keep(dy, ops.greater(step.y(), 0)))
 
 
 @rule("ThresholdedRelu")
 def thresholded_relu(step: Step) -> None:
     """y = x where x > alpha, else 0; dx = dy where x > alpha."""
     above = step.ops.greater(step.x(), step.attribute("alpha", 1.0))
-    step.give(0, step.ops.where(above, step.dy, 0))
+    step.give(0, step.ops.keep(step.dy, above))
 
 
 @rule("Clip")
@@ -38,7 +40,7 @@ def clip(step: Step) -> None:
     mask = inside[0] if inside else None
     if len(inside) == 2:
         mask = ops.emit("And", inside, y.shape, BOOL)
-    step.give(0, ops.where(mask, step.dy, 0) if mask else step.dy)
+    step.give(0, ops.keep(step.dy, mask) if mask else step.dy)
 
 
 @rule("LeakyRelu", "PRelu")
@@ -73,16 +75,17 @@ def hard_sigmoid(step: Step) -> None:
     """y = min(max(a x + b, 0), 1); dx = a dy where 0 < y < 1."""
     ops, y = step.ops, step.y()
     inside = ops.emit("And", [ops.greater(y, 0), ops.binary("Less", y, 1)], y.shape, BOOL)
-    step.give(0, ops.where(inside, ops.mul(step.dy, step.attribute("alpha", 0.2)), 0))
+    step.give(0, ops.keep(ops.mul(step.dy, step.attribute("alpha", 0.2)), inside))
 
 
 @rule("HardSwish")
 def hard_swish(step: Step) -> None:
-    """y = x min(max(x / 6 + 1/2, 0), 1); dy/dx = 0 below -3, 1 above 3, x / 3 + 1/2 between."""
+    """y = x h with h = min(max(x / 6 + 1/2, 0), 1); dy/dx = h + x / 6 where |x| < 3, else h."""
     ops, x = step.ops, step.x()
-    slope = ops.add(ops.mul(x, 1 / 3), 0.5)
-    slope = ops.where(ops.greater(x, -3), slope, 0)
-    step.give(0, ops.mul(step.dy, ops.where(ops.greater(x, 3), 1, slope)))
+    gate = ops.unary("HardSigmoid", x, alpha=1 / 6, beta=0.5)
+    inside = ops.binary("Less", ops.unary("Abs", x), 3)
+    slope = ops.add(gate, ops.mul(ops.keep(x, inside), 1 / 6))
+    step.give(0, ops.mul(step.dy, slope))
 
 
 @rule("Mish")

@@ -4,8 +4,9 @@ Along one axis y[o] = sum_k w[k] x[s o + d k - p], so dx[i] = sum over (o, k) wi
 dy[o]: a ConvTranspose with the same stride, dilation, groups and pads. It yields (O - 1) s + (K - 1) d + 1 - p
 - p' values, up to s - 1 fewer than x has where the stride left some over; `output_padding` adds exactly those.
 With stride 1 that is again a convolution, of dy with the weights flipped and their channels exchanged, which
-runtimes run much faster. The exchange is written as nodes on the stored weights: a runtime folds them when it
-loads the file, and the file holds no second copy.
+runtimes run much faster, except towards the few channels of an image: they compute channels in blocks. The
+exchange is written as nodes on the stored weights: a runtime folds them when it loads the file, and the file
+holds no second copy.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from export.graph.emit import Ops, Value
 from export.graph.registry import Step, rule
 from export.graph.shapes import Dim
+
+_FEW = 8  # channels in a block of the runtimes' convolutions
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def conv(step: Step) -> None:
         (window.reach(axis) - 1 - window.begin[axis], window.reach(axis) - 1 - window.end[axis])
         for axis in range(len(window.kernel))
     ]
-    if all(s == 1 for s in window.strides) and all(min(pair) >= 0 for pair in flipped):
+    plain = all(s == 1 for s in window.strides) and all(min(pair) >= 0 for pair in flipped)
+    if plain and x.shape[1].size >= _FEW:
         dx = ops.emit(
             "Conv",
             [step.full(), _exchanged(ops, w, group)],

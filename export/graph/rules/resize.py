@@ -18,6 +18,8 @@ from export.graph.registry import Step, rule
 from export.graph.rules.matrices import Matrix, apply_along, block_size, one_hot_rows
 from export.graph.shapes import ONE, Dim
 
+FLOAT = 1  # onnx.TensorProto.FLOAT, the type of scales
+
 
 @rule("Resize", "Upsample")
 def resize(step: Step) -> None:
@@ -66,14 +68,28 @@ def spread(ops: Ops, dy: Value, axis: int, matrix: Matrix) -> Value:
             total = ops.reduce("ReduceSum", parts, [axis + 1], keep=False)
             return ops.mul(total, float(matrix.max()))
         if block := block_size(matrix.T):
-            parts = ops.reshape(
-                ops.mul(dy, float(matrix.max())), (*before, Dim(matrix.shape[0]), ONE, *after)
-            )
-            like = Value("", (*before, Dim(matrix.shape[0]), Dim(block), *after), dy.dtype)
-            return ops.reshape(
-                ops.expand(parts, like, [axis + 1]), (*before, Dim(matrix.shape[1]), *after)
-            )
+            dy = ops.mul(dy, float(matrix.max()))
+            return _repeat(ops, dy, axis, block)
     return apply_along(ops, dy, axis, matrix.T)
+
+
+def _repeat(ops: Ops, x: Value, axis: int, times: int) -> Value:
+    """Every number along an axis several times in a row: for maps as Resize, many times faster than Expand."""
+    before, size, after = x.shape[:axis], x.shape[axis].size, x.shape[axis + 1 :]
+    shape = (*before, Dim(size * times), *after)
+    if x.rank == 4:
+        scales = ops.constant([times if a == axis else 1 for a in range(4)], FLOAT)
+        return ops.emit(
+            "Resize",
+            [x, None, scales],
+            shape,
+            mode="nearest",
+            coordinate_transformation_mode="asymmetric",
+            nearest_mode="floor",
+        )
+    parts = ops.reshape(x, (*before, Dim(size), ONE, *after))
+    like = Value("", (*before, Dim(size), Dim(times), *after), x.dtype)
+    return ops.reshape(ops.expand(parts, like, [axis + 1]), shape)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from export.graph.network import measure
-from tests.export.graph.differentiate import TOLERANCE, gradient_model, random, worst_error
+from tests.export.graph.differentiate import (
+    TOLERANCE,
+    gradient_model,
+    model_of,
+    random,
+    worst_error,
+)
 
 TOGETHER = 10
 CHANNELS = 4
@@ -223,6 +229,20 @@ def test_max_pool_counts_ties_once() -> None:
     nodes.add("MaxPool", kernel_shape=[2, 2], strides=[2, 2])
     x = np.ones((2, 1, 6, 6), np.float32)
     assert worst_error(nodes.model(), x) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "r = Relu(x) y = MaxPool<kernel_shape=[3,3], strides=[2,2], pads=[1,1,1,1]>(r)",
+        "r = Relu(x) p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r) "
+        "q = AveragePool<kernel_shape=[2,2], strides=[2,2]>(r) y = Add(p, q)",
+        "r = Relu(x) p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r) y = Neg(p)",
+    ],
+)
+def test_max_pool_after_relu(body: str) -> None:
+    """The mask of the Relu is applied to the smaller map, once, and only if nobody else reads the larger."""
+    assert worst_error(model_of(body, (3, 8, 8)), random(2, 3, 8, 8)) < TOLERANCE
 
 
 @pytest.mark.parametrize("factor", [2, 3])
