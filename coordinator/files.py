@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import io
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from edge_teacher.contract.errors import UsageError
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+from edge_teacher.files import write_atomically
 
 
 def save_tensors(path: Path, state: dict[str, Any]) -> None:
     """Write a dict of tensors, texts and dicts of them, whole or not at all."""
-    write_atomically(path, lambda file: torch.save(state, file))
+    # By way of memory: torch reports a full disk as an error of its own.
+    file = io.BytesIO()
+    torch.save(state, file)
+    write_atomically(path, file.getvalue())
 
 
 def load_tensors(path: Path, what: str) -> dict[str, Any]:

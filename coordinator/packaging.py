@@ -15,6 +15,7 @@ from coordinator.data import LabelledImages
 from coordinator.student import Student
 from edge_teacher import bundle as bundles
 from edge_teacher.bundle import StudentCard
+from edge_teacher.contract.errors import UsageError
 from export.graph import InputSpec
 from export.student import FP32, INT8_CPU, INT8_TENSORRT, export_student
 from export.student_report import StudentReport
@@ -47,16 +48,18 @@ def package_student(
     """Quantise, check and sign.
 
     Raises CheckFailed if the files do not answer as the student does, or if an INT8 file loses more
-    than `largest_drop` of its accuracy on `holdout`; without one that cannot be known.
+    than `largest_drop` of its accuracy on `holdout`; without one that cannot be known. Raises UsageError
+    for a holdout with a class the student does not know.
     """
     spec = student.spec
+    held = None if holdout is None else (holdout.images, _labels(holdout, spec.classes))
     exported = export_student(
         student.network(),
         InputSpec((spec.height, spec.width), spec.mean, spec.std),
         spec.classes,
         calibration,
-        (holdout.images, holdout.labels) if holdout is not None else None,
-        largest_drop=largest_drop if holdout is not None else None,
+        held,
+        largest_drop=largest_drop if held is not None else None,
     )
     canary = exported.canary
     card = StudentCard(
@@ -74,6 +77,18 @@ def package_student(
         "report.json": msgspec.json.format(msgspec.json.encode(exported.report), indent=1),
     }
     return PackagedStudent(bundles.pack(card, files, key), card, exported.report)
+
+
+def _labels(holdout: LabelledImages, classes: tuple[str, ...]) -> NDArray[np.int64]:
+    """The holdout's labels as the student's class numbers: names are what both agree on."""
+    unknown = [name for name in holdout.classes if name not in classes]
+    if unknown:
+        raise UsageError(
+            f"the holdout has the class {', '.join(unknown)}, which the student does not know; it knows "
+            f"{', '.join(classes)}"
+        )
+    numbers = np.array([classes.index(name) for name in holdout.classes], dtype=np.int64)
+    return numbers[holdout.labels]
 
 
 def _npy(array: NDArray[np.generic]) -> bytes:

@@ -62,14 +62,12 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         scratch: the same network trained on the probe set's labels alone.
         fedsa_fp32, fedsa_int8: the student as trained, and quantised, both on the workstation.
-        teachers_head: the task head on the selected teachers' features, which no device runs.
         deployed: device id to what that device answered when asked over MQTT.
     """
 
     scratch: float | None = None
     fedsa_fp32: float | None = None
     fedsa_int8: float | None = None
-    teachers_head: float | None = None
     deployed: dict[str, float] | None = None
 
 

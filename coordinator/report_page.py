@@ -125,7 +125,6 @@ def accuracy_rows(report: Report) -> list[Row]:
     a = report.accuracy
     rows = [
         ("From scratch", "the same network on the probe set's labels alone", a.scratch, "scratch"),
-        ("Teachers' head", "on the selected teachers' features", a.teachers_head, "head"),
         ("FedSA, FP32", "as trained", a.fedsa_fp32, "fedsa"),
         ("FedSA, INT8", "quantised, on the workstation", a.fedsa_int8, "fedsa"),
         *(

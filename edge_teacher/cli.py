@@ -58,7 +58,8 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="COORDINATOR",
-        help="coordinator that may ask (repeatable; none given: any the broker lets through)",
+        help="coordinator that is answered (repeatable; none given: any). Who asks says who it is: only "
+        "the broker's access rules can vouch for that",
     )
     run.add_argument("--state", type=Path, required=True, help="folder for students")
     run.add_argument("--threads", type=_cores, default=1, help="cores for inference (default 1)")
@@ -95,7 +96,7 @@ def _run(options: argparse.Namespace) -> int:
         device=check_name(options.device),
         bundle=options.bundle,
         owners=[read_public(path) for path in options.owner_key],
-        coordinators_keys=[read_public(path) for path in options.coordinator_key],
+        coordinator_keys=[read_public(path) for path in options.coordinator_key],
         state=options.state,
         allowed=frozenset(check_name(name) for name in options.allow),
         threads=options.threads,

@@ -47,16 +47,35 @@ def read_public(path: Path) -> Ed25519PublicKey:
     return key
 
 
+def public_path(private: Path) -> Path:
+    """Where the public half of a key stands."""
+    return private.with_suffix(".pub")
+
+
 def private_key_at(path: Path) -> Ed25519PrivateKey:
-    """The key there; a new one, readable by its owner only, if there is none. `.pub` stands beside it."""
+    """The key there; a new one, readable by its owner only, if there is none. `.pub` stands beside it.
+
+    Raises UsageError for a name that is a public key's, or where another key's public half stands.
+    """
+    public_file = public_path(path)
+    if path == public_file:
+        raise UsageError(f"{path} is a name for a public key; name the private one {path.stem}.key")
     if not path.exists():
+        if public_file.exists():
+            raise UsageError(
+                f"{public_file} is the public half of another key, and a new key at {path} would need "
+                "its place: choose another name"
+            )
         pem = Ed25519PrivateKey.generate().private_bytes(
             Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
         )
         write_atomically(path, pem, mode=0o600)
     key = read_private(path)
-    public_path = path.with_suffix(".pub")
-    if not public_path.exists():
+    if not public_file.exists():
         public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-        write_atomically(public_path, public)
+        write_atomically(public_file, public)
+    elif key_id(read_public(public_file)) != key_id(key.public_key()):
+        raise UsageError(
+            f"{public_file} is not the public half of {path}: remove it, or name the key it belongs to"
+        )
     return key

@@ -154,6 +154,8 @@ def _as_answers(check_failed: type[RpcError]) -> Iterator[None]:
         raise check_failed(str(error)) from error
     except UsageError as error:
         raise Malformed(str(error)) from error
+    except OSError as error:
+        raise RuntimeFailed(f"this device cannot store the student: {error.strerror}") from error
 
 
 def _encoded(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class AgentConfig:
     bundle: Path
     owners: list[Ed25519PublicKey]
     """Keys whose teachers this device loads."""
-    coordinators_keys: list[Ed25519PublicKey]
+    coordinator_keys: list[Ed25519PublicKey]
     """Keys whose students this device installs; without one it takes none."""
     state: Path
     allowed: frozenset[str] = frozenset()
@@ -56,12 +57,6 @@ class Agent:
 
     def __init__(self, config: AgentConfig) -> None:
         self.config = config
-        try:
-            config.state.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"the folder for students {config.state} cannot be made: {error.strerror}"
-            ) from error
         self._since = time.time()
         self._session_id = secrets.token_hex(8)
         bundle = bundles.read(config.bundle, config.owners)
@@ -73,8 +68,8 @@ class Agent:
         self._check_outputs()
         self._images = ImageStore(config.limits)
         self._students = Students(
-            config.state / "students",
-            config.coordinators_keys,
+            _writable(config.state / "students"),
+            config.coordinator_keys,
             self._load,
             dialects=CPU_DIALECTS,
             max_bundle_bytes=config.limits.max_bundle_bytes,
@@ -203,6 +198,18 @@ class Agent:
                 images_held=len(self._images),
             )
             self._publish(topics.telemetry(self.config.device), telemetry, qos=0, retain=False)
+
+
+def _writable(folder: Path) -> Path:
+    """Known now, and not when the first student comes. Raises UsageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise UsageError(
+            f"the folder for students {folder} cannot be used: {error.strerror}"
+        ) from error
 
 
 def serve(config: AgentConfig, address: BrokerAddress, stop: threading.Event) -> None:

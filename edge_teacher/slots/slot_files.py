@@ -59,13 +59,25 @@ class SlotFiles:
     def part(self, digest: str) -> Path:
         return self.folder / f"{digest}.part"
 
+    def make_room(self, digest: str, total_bytes: int, most_bytes: int) -> None:
+        """Give up other downloads, of any task and the oldest first, until all together fit `most_bytes`.
+
+        Whoever sent them is told where to go on when the next piece comes: at the beginning.
+        """
+        ours = self.part(digest)
+        others = [part for part in self.folder.parent.glob("*/*.part") if part != ours]
+        others.sort(key=lambda part: part.stat().st_mtime)
+        taken = total_bytes + sum(part.stat().st_size for part in others)
+        for part in others:
+            if taken <= most_bytes and part.parent != self.folder:
+                continue
+            taken -= part.stat().st_size
+            part.unlink()
+
     def append(self, digest: str, offset: int, data: bytes) -> int:
         """Continue a download; data that does not continue it is ignored. The bytes there now."""
         part = self.part(digest)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob("*.part"):
-            if stale != part:
-                stale.unlink()
         with part.open("ab") as file:
             if file.tell() == offset and data:
                 file.write(data)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -33,6 +34,9 @@ from edge_teacher.runtime import Session, run_in_batches
 from edge_teacher.slots.slot_files import SLOTS, SlotFiles
 
 log = logging.getLogger(__name__)
+
+MAX_TASKS = 16
+"""Tasks whose students one device keeps."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -80,7 +84,10 @@ class Students:
         return self._status.get(task) or StudentStatus(task=task)
 
     def statuses(self) -> tuple[StudentStatus, ...]:
-        return tuple(self._status[task] for task in sorted(self._status))
+        """Of the tasks of which a version was ever verified here."""
+        return tuple(
+            self._status[task] for task in sorted(self._status) if self._files(task).highest
+        )
 
     def offer(self, offer: StudentOffer, data: bytes) -> Received:
         """Take a piece of a bundle; verify and install it into the free slot once it is whole.
@@ -88,6 +95,10 @@ class Students:
         Raises Malformed, NotAllowed for a version already passed, TooLarge, and CheckFailed for a bundle
         that is damaged, not signed by a trusted key, not what the offer said, or unusable on this runtime.
         """
+        if not self._trusted:
+            raise NotAllowed(
+                "this device takes no students: it was started without a coordinator's public key"
+            )
         if not _DIGEST.fullmatch(offer.digest):
             # It becomes part of a file's name.
             raise Malformed(f"the digest {offer.digest!r} is no SHA-256 in hexadecimal digits")
@@ -107,17 +118,21 @@ class Students:
             )
         if offer.offset + len(data) > offer.total_bytes:
             raise CheckFailed(f"the offer of {offer.task!r} sends more bytes than it announced")
+        if not files.folder.exists() and len(list(self._folder.glob("*/"))) >= MAX_TASKS:
+            raise TooLarge(f"this device keeps students of {MAX_TASKS} tasks, and has as many")
+        files.make_room(offer.digest, offer.total_bytes, self._max_bundle_bytes)
         held = files.append(offer.digest, offer.offset, data)
         if held < offer.total_bytes:
-            self._note(offer.task, state="downloading", problem="")
+            self._note_offer(offer.task, "downloading", "")
             return Received(next_offset=held, total_bytes=offer.total_bytes)
         part = files.part(offer.digest)
         try:
-            found = bundles.read(part, self._trusted)
+            name = f"the bundle offered for {offer.task!r}"
+            found = bundles.unpack(part.read_bytes(), self._trusted, name=name)
             self._check(found, offer)
         except FedsaError as error:
             part.unlink()
-            self._note(offer.task, state="failed", problem=str(error))
+            self._note_offer(offer.task, "failed", str(error))
             raise
         part.replace(files.bundle(files.other))
         files.raise_highest(offer.version)
@@ -227,6 +242,13 @@ class Students:
         )
         self._status[task] = msgspec.structs.replace(status, **self._versions(task, files))
         log.info("%s version %d is active (%s)", task, card.version, dialect)
+
+    def _note_offer(self, task: str, state: Literal["downloading", "failed"], problem: str) -> None:
+        """What became of an offer that nobody has vouched for: no word about the student that answers."""
+        if task in self._active:
+            self._note(task, problem=problem)
+        else:
+            self._note(task, state=state, problem=problem)
 
     def _note(self, task: str, **changes: object) -> None:
         self._status[task] = msgspec.structs.replace(self.status(task), **changes)

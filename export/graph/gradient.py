@@ -44,7 +44,7 @@ def gradients(
         rule = find(node)
         if rule is None:
             raise UnsupportedOperator(node.op_type, label(node), _why_no_rule(node))
-        step = Step(node, network, ops, arriving, active)
+        step = Step(node, network, ops, arriving, active, frozenset(wanted))
         rule(step)
         for name, gradient in step.given:
             pending.setdefault(name, []).append(gradient)

@@ -70,6 +70,8 @@ class Step:
     ops: Ops
     gradients: list[Value | None]
     active: frozenset[str]
+    wanted: frozenset[str] = frozenset()
+    """Of the active ones those that the caller asked for, whose gradients must be the exact ones."""
     given: list[tuple[str, Value]] = field(default_factory=list)
 
     # -- tensors ------------------------------------------------------------------------------

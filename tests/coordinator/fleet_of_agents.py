@@ -44,7 +44,7 @@ class World:
                 device=name,
                 bundle=bundle,
                 owners=[OWNER.public_key()],
-                coordinators_keys=[COORDINATOR.public_key()] if trusts_us else [],
+                coordinator_keys=[COORDINATOR.public_key()] if trusts_us else [],
                 state=self.folder / name,
                 limits=self.limits,
             )

@@ -86,7 +86,7 @@ BAD = [
     (run_with(bundle="garbage"), 1, "garbage is damaged or no bundle"),
     (run_with(bundle="student.fedsa"), 1, "student.fedsa holds a student"),
     (run_with(owner_key="coordinator.pub"), 1, "not trusted here"),
-    (run_with(state="garbage/state"), 2, "garbage/state cannot be made"),
+    (run_with(state="garbage/state"), 2, "garbage/state/students cannot be used"),
     (run_with(), 1, "no broker answers at mqtt://127.0.0.1:1"),
     (["info", "teacher.fedsa"], 2, "--owner-key"),
     (["info", "nowhere", "--owner-key", "owner.pub"], 2, "nowhere cannot be read"),

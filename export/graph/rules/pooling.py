@@ -54,8 +54,10 @@ def max_pool(step: Step) -> None:
     offsets = list(product(*(range(k) for k in window.kernel)))
     left = step.dy  # what of dy no earlier offset has taken
     maker = step.network.producer.get(x.name)
-    after_relu = maker is not None and maker.op_type == "Relu"
-    if after_relu:  # its mask, at the smaller of the two resolutions
+    # Where the gradient goes on through a Relu, its mask can be applied at the smaller of the two
+    # resolutions; where it is asked for right behind the Relu, there is no mask.
+    after_relu = maker is not None and maker.op_type == "Relu" and x.name not in step.wanted
+    if after_relu:
         left = ops.keep(left, ops.greater(y, 0))
     phases: dict[tuple[int, ...], Value] = {}
     padded = _pad_with_lowest(step, window)

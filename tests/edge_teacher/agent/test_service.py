@@ -72,7 +72,7 @@ def config(tmp_path: Path) -> AgentConfig:
         device=DEVICE,
         bundle=bundle,
         owners=[OWNER.public_key()],
-        coordinators_keys=[COORDINATOR.public_key()],
+        coordinator_keys=[COORDINATOR.public_key()],
         state=tmp_path / "state",
         telemetry_s=0.02,
         limits=Limits(image_store_bytes=1 << 20),
@@ -254,7 +254,7 @@ class TestStudents:
         for method in ("student.activate", "student.rollback"):
             with pytest.raises((Malformed, NotFound)):
                 here.call(method, StudentCommand(task=name, version=1), StudentStatus)
-        assert list(config.state.rglob("*")) == []
+        assert list(config.state.rglob("*")) == [config.state / "students"]
 
 
 class TestLife:
@@ -386,5 +386,5 @@ class TestRefusals:
             Agent(replace(config, bundle=config.bundle / "nowhere"))
 
     def test_a_state_folder_that_cannot_be_made(self, config: AgentConfig) -> None:
-        with pytest.raises(UsageError, match="cannot be made"):
+        with pytest.raises(UsageError, match="cannot be used"):
             Agent(replace(config, state=config.bundle / "state"))

@@ -254,8 +254,9 @@ class TestOffer:
 
     def test_a_device_that_trusts_no_coordinator_takes_no_student(self, tmp_path: Path) -> None:
         closed = Students(tmp_path, [], load, dialects=("fp32",), max_bundle_bytes=1 << 20)
-        with pytest.raises(CheckFailed, match="trusted: none"):
+        with pytest.raises(NotAllowed, match="takes no students"):
             send(closed, V1)
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestActivate:
