@@ -2,8 +2,8 @@
 
     python -m benchmarks.compile [--rounds 3]
 
-The weights are random. `seconds` is the fastest round of parsing, `build_teacher_graph` and serialising; `growth` is what the teacher's
-file is larger by than the network's. The last line is one JSON object.
+The weights are random. `seconds` is the fastest round of parsing, `build_teacher_graph` and serialising;
+`growth` is what the teacher's file is larger by than the network's. The last line is one JSON object.
 """
 
 from __future__ import annotations
