@@ -39,7 +39,7 @@ def gradients(
         )
         if all(gradient is None for gradient in arriving):
             continue
-        if not any(name in active for name in node.input):
+        if not any(name in active for name in reads_numbers(node)):
             continue
         rule = find(node)
         if rule is None:
@@ -54,12 +54,13 @@ def gradients(
     return totals
 
 
+def _quantised(node: onnx.NodeProto) -> bool:
+    kind = node.op_type
+    return "Quantize" in kind or "Integer" in kind or kind.startswith("QLinear")
+
+
 def _why_no_rule(node: onnx.NodeProto) -> str:
-    if (
-        "Quantize" in node.op_type
-        or "Integer" in node.op_type
-        or node.op_type.startswith("QLinear")
-    ):
+    if _quantised(node):
         return "the network is quantised, and rounding has no derivative; use the float network it was made of"
     where = f" in domain {node.domain}" if node.domain else ""
     return f"there is no rule for it{where}"
@@ -71,16 +72,24 @@ def _zero(network: Network, ops: Ops, name: str) -> Value:
 
 
 def _active(network: Network, seeds: Mapping[str, Value], wanted: Sequence[str]) -> frozenset[str]:
-    """Floating-point tensors on a path from a wanted tensor to a seeded one."""
+    """Floating-point tensors on a path from a wanted tensor to a seeded one.
+
+    A path through integers ends there: they have no derivative. Quantisation is the exception: what it rounds
+    is meant to be followed, and a gradient of zero would be a lie, so it is refused.
+    """
+    before = network.ancestors(seeds)
     reached = set(wanted)
     for node in network.nodes:
-        if any(name in reached for name in reads_numbers(node)):
-            reached.update(
-                name
-                for name in node.output
-                if name and (name not in network.values or network.values[name].dtype in FLOATS)
-            )
-    return frozenset(reached & network.ancestors(seeds))
+        if not any(name in reached for name in reads_numbers(node)):
+            continue
+        if _quantised(node) and before.intersection(node.output):
+            raise UnsupportedOperator(node.op_type, label(node), _why_no_rule(node))
+        reached.update(
+            name
+            for name in node.output
+            if name and (name not in network.values or network.values[name].dtype in FLOATS)
+        )
+    return frozenset(reached & before)
 
 
 def _total(ops: Ops, pending: dict[str, list[Value]], name: str) -> Value | None:
