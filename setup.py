@@ -62,7 +62,7 @@ setup(
     entry_points={
         "console_scripts": [
             "edge-teacher = edge_teacher.cli:main",
-            "fedsa = coordinator.cli:main",
+            "fedsa = coordinator.entry:main",
         ]
     },
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 from torch import Tensor
 
-from coordinator.config import Config, config_toml
+from coordinator.config import BrokerConfig, Config, config_toml
 from coordinator.data import TaskData
 from coordinator.files import load_tensors, save_tensors
 from coordinator.selection import Selection
@@ -41,7 +41,8 @@ class Record(msgspec.Struct):
 
     config: str
     data: str
-    teachers: list[str]
+    teachers: dict[str, str]
+    """Name to identity."""
     finished: list[str] = []
     curve: list[CurvePoint] = []
     selections: list[RoundSelection] = []
@@ -58,13 +59,13 @@ class Run:
         self.nets = nets
 
     @classmethod
-    def open(cls, folder: Path, config: Config, data: TaskData, teachers: list[str]) -> Run:
+    def open(cls, folder: Path, config: Config, data: TaskData, teachers: Mapping[str, str]) -> Run:
         """Begin a run in `folder`, or go on with the one that is there.
 
         Raises UsageError if the run there was started with other settings, data or teachers: going
         on would mix two experiments.
         """
-        fresh = Record(config_toml(config), fingerprint(data), sorted(teachers))
+        fresh = Record(_settings(config), fingerprint(data), dict(sorted(teachers.items())))
         path = _path(folder)
         if not path.exists():
             return cls(folder, fresh, {})
@@ -72,7 +73,7 @@ class Run:
         for what in ("config", "data", "teachers"):
             if getattr(record, what) != getattr(fresh, what):
                 raise UsageError(
-                    f"{folder} holds a run with another {what}{_difference(record, fresh, what)}; "
+                    f"{folder} holds a run with other {what}{_difference(record, fresh, what)}; "
                     "go on with the same, or name a new folder."
                 )
         return cls(folder, record, nets)
@@ -122,11 +123,28 @@ def _read(path: Path) -> tuple[Record, dict[str, State]]:
         raise UsageError(f"{path} is not {what}: {error}; name a new folder.") from error
 
 
+def _settings(config: Config) -> str:
+    """What decides the result: neither the broker nor the number of threads does."""
+    neutral = msgspec.structs.replace(config, broker=BrokerConfig(), threads=0)
+    return config_toml(neutral)
+
+
 def _difference(there: Record, here: Record, what: str) -> str:
-    if what != "config":
-        return ""
-    pairs = zip(there.config.splitlines(), here.config.splitlines(), strict=False)
-    for old, new in pairs:
-        if old != new:
-            return f" ({old.split('  #')[0]} there, {new.split('  #')[0]} here)"
+    if what == "config":
+        pairs = zip(there.config.splitlines(), here.config.splitlines(), strict=False)
+        for old, new in pairs:
+            if old != new:
+                return f" ({old.split('  #')[0]} there, {new.split('  #')[0]} here)"
+    if what == "teachers":
+        parts = {
+            "missing now": there.teachers.keys() - here.teachers.keys(),
+            "new": here.teachers.keys() - there.teachers.keys(),
+            "another network now": {
+                name
+                for name in there.teachers.keys() & here.teachers.keys()
+                if there.teachers[name] != here.teachers[name]
+            },
+        }
+        said = [f"{why}: {', '.join(sorted(names))}" for why, names in parts.items() if names]
+        return f" ({'; '.join(said)}; --device chooses)"
     return ""

@@ -7,11 +7,13 @@ unusable input; 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -20,12 +22,16 @@ from rich.table import Table
 
 from coordinator.export_commands import add_export, signing_key
 from coordinator.terminal import console as stderr
-from coordinator.terminal import percent, plain, print_json, stdout
+from coordinator.terminal import percent, plain, print_json, printable, stdout
 from edge_teacher import __version__
 from edge_teacher.contract.errors import FedsaError, UsageError
 from edge_teacher.contract.topics import check_name
-from edge_teacher.keys import key_id, private_key_at, read_public
+from edge_teacher.keys import key_id, private_key_at, public_path, read_public
 from edge_teacher.rpc.address import BrokerAddress, parse_broker
+
+# Before torch is loaded. Its threads wait for each other many times a second; one that spins while it
+# waits takes the core from the one it waits for, on any machine that has something else to do.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -67,7 +73,13 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--name", help="folder of this run; given again, the run goes on")
     train.add_argument("--task", required=True, help="the student's name on the devices")
     train.add_argument("--deploy", action="store_true", help="install the student on the teachers")
-    train.add_argument("--teachers", type=int, default=1, help="wait for so many (default 1)")
+    train.add_argument("--teachers", type=_count, default=1, help="wait for so many (default 1)")
+    train.add_argument(
+        "--device",
+        action="append",
+        default=[],
+        help="teacher to learn from (repeatable; default: all)",
+    )
     signing_key(train)
     _broker_options(train, required=False)
 
@@ -81,11 +93,11 @@ def parser() -> argparse.ArgumentParser:
 
     command("config", _config, "print every setting with its default, as TOML", json=False)
 
-    pair = command("key", _key, "make an Ed25519 key pair, or show the one there is", json=False)
+    pair = command("key", _key, "make an Ed25519 key pair, or show the one there is")
     pair.add_argument("--out", type=Path, required=True, help="the private key; .pub beside it")
 
     devices = command("devices", _devices, "who is on the broker")
-    devices.add_argument("--wait", type=float, default=1.0, help="seconds to listen (default 1)")
+    devices.add_argument("--wait", type=_seconds, default=1.0, help="seconds to listen (default 1)")
     _broker_options(devices)
 
     add_export(commands, command)
@@ -120,10 +132,25 @@ def _broker_options(command: argparse.ArgumentParser, *, required: bool = True) 
 
 
 def _port(text: str) -> int:
-    port = int(text)
-    if not 1 <= port <= 65535:
-        raise argparse.ArgumentTypeError(f"{port} is no port: take 1 to 65535")
-    return port
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: take 1 to 65535")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 100_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of teachers: take 1 or more")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: take 0 to 3600 seconds")
+    return seconds
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -133,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
         with _terminable():
             return run(options)
     except FedsaError as error:
-        stderr.print(f"fedsa: {error}", soft_wrap=True)
+        stderr.print(f"fedsa: {printable(str(error))}", soft_wrap=True)
         return error.exit_code
     except OSError as error:
         # A full disk or a forbidden folder can meet any command.
@@ -188,8 +215,10 @@ def _train(options: argparse.Namespace) -> int:
     from coordinator.config import load_config
     from coordinator.connection import connect
     from coordinator.data import read_configured_task
+    from coordinator.files import locked
     from coordinator.pipeline import TaskRun, Timings, run_task
     from coordinator.terminal import TerminalProgress
+    from coordinator.training import require_enough
 
     check_name(options.task)
     if options.name in ("latest", "answers"):
@@ -216,9 +245,14 @@ def _train(options: argparse.Namespace) -> int:
         key=_path(broker.key),
     )
     key = private_key_at(options.signing_key)
-    with connect(address, name=broker.name) as connection:
-        devices = connection.fleet.wait(max(1, options.teachers))
+    with ExitStack() as stack:
+        connection = stack.enter_context(connect(address, name=broker.name))
+        devices = connection.fleet.wait(options.teachers, names=[*map(check_name, options.device)])
+        if options.device:
+            devices = [device for device in devices if device.name in options.device]
+        require_enough(config, len(devices))
         folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(folder))
         stderr.print(f"{len(devices)} teachers: {', '.join(d.name for d in devices)}")
         stderr.print(f"This run is in {folder}; with --name {folder.name} it can be gone on with")
         run = TaskRun(
@@ -248,9 +282,15 @@ def _key(options: argparse.Namespace) -> int:
     from edge_teacher.keys import private_key_at
 
     key = private_key_at(options.out)
-    stdout.print(
-        f"{options.out}: key {key_id(key.public_key())}; devices need {options.out.stem}.pub"
-    )
+    public = public_path(options.out)
+    if options.json:
+        print_json(
+            {"key": key_id(key.public_key()), "private": str(options.out), "public": str(public)}
+        )
+    else:
+        stdout.print(
+            f"{options.out}: key {key_id(key.public_key())}; who is to trust it needs {public}"
+        )
     return 0
 
 
@@ -258,7 +298,7 @@ def _devices(options: argparse.Namespace) -> int:
     from coordinator.connection import connect
 
     with connect(_address(options), name=_coordinator(options)) as connection:
-        time.sleep(max(0.0, options.wait))
+        time.sleep(options.wait)
         found = connection.fleet.devices(online_only=False)
     if options.json:
         print_json([{"device": d.name, **plain(d.state), "card": plain(d.card)} for d in found])
@@ -268,7 +308,7 @@ def _devices(options: argparse.Namespace) -> int:
         card = device.card
         students = [f"{s.task} {s.active_version or '-'} ({s.state})" for s in card.students]
         taps = [f"{n} {t.channels}×{t.height}×{t.width}" for n, t in card.teacher.taps.items()]
-        table.add_row(
+        cells = (
             device.name,
             "yes" if device.state.online else "no",
             f"{card.teacher.name} v{card.teacher.version}",
@@ -276,6 +316,7 @@ def _devices(options: argparse.Namespace) -> int:
             ", ".join(taps),
             ", ".join(students) or "-",
         )
+        table.add_row(*map(printable, cells))
     stdout.print(table if found else "No device has announced itself on this broker.")
     return 0
 
@@ -317,6 +358,7 @@ def _predict(options: argparse.Namespace) -> int:
     from coordinator.data import read_picture
     from coordinator.rollout import predict
 
+    check_name(options.device)
     pictures = [read_picture(path) for path in options.pictures]
     with connect(_address(options), name=_coordinator(options)) as connection:
         there = connection.fleet.wait(names=[options.device])
@@ -339,7 +381,7 @@ def _predict(options: argparse.Namespace) -> int:
         return 0
     table = Table("picture", "class", "probability", "student version")
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        table.add_row(*(printable(str(value)) for value in row.values()))
     stdout.print(table)
     return 0
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import lzma
 import tarfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -244,6 +245,18 @@ def _decode(path: Path, files: list[tuple[PurePosixPath, bytes]]) -> Images:
 def _decode_one(path: Path, name: PurePosixPath, content: bytes) -> Images:
     """uint8[H, W, 3], turned upright as the camera noted."""
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return _pixels(path, name, content)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UsageError(
+            f"{name} in {path} claims more pixels than any image here may have; "
+            f"{_MAX_PIXELS:,} is the limit."
+        ) from error
+
+
+def _pixels(path: Path, name: PurePosixPath, content: bytes) -> Images:
+    try:
         # The format is the one that the suffix names: other decoders have no business here.
         with Image.open(io.BytesIO(content), formats=[_FORMATS[name.suffix.lower()]]) as image:
             if image.width * image.height > _MAX_PIXELS:
@@ -254,9 +267,13 @@ def _decode_one(path: Path, name: PurePosixPath, content: bytes) -> Images:
             upright = ImageOps.exif_transpose(image).convert("RGB")
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise UsageError(
-            f"{name} in {path} is not a readable image ({error}); repair or remove it."
+            f"{name} in {path} is not a readable image ({_reason(error)}); repair or remove it."
         ) from error
     return np.asarray(upright, dtype=np.uint8)
+
+
+def _reason(error: Exception) -> str:
+    return "not in the format its name says" if "BytesIO" in str(error) else str(error)
 
 
 # .npz

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -14,12 +15,12 @@ from coordinator import processes
 from coordinator.broker import Kind, available, local_broker
 from coordinator.config import Config
 from coordinator.connection import Connection, connect
-from coordinator.data import read_configured_task
+from coordinator.data import TaskData, read_configured_task
 from coordinator.fleet import Device
 from coordinator.pipeline import TaskRun, Timings, run_task
 from coordinator.report import Report
 from coordinator.terminal import TerminalProgress, console
-from edge_teacher.contract.errors import CheckFailed, Unreachable, UsageError
+from edge_teacher.contract.errors import CheckFailed, FedsaError, Unreachable, UsageError
 from edge_teacher.keys import private_key_at
 from edge_teacher.rpc.address import BrokerAddress
 
@@ -65,6 +66,16 @@ def run_demo(options: DemoOptions) -> Report:
     with timings.of("data"):
         task = read_configured_task(options.config.data)
     folder.mkdir(parents=True)
+    try:
+        return _run_in(options, task, bundles, timings)
+    except FedsaError:
+        if not (folder / "devices").exists():  # nothing began
+            shutil.rmtree(folder)
+        raise
+
+
+def _run_in(options: DemoOptions, task: TaskData, bundles: list[Path], timings: Timings) -> Report:
+    folder = options.folder
     key = private_key_at(folder / "coordinator.key")
     kind = options.broker or available()
     if options.broker is None and kind == "iotcore":

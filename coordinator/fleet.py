@@ -112,6 +112,8 @@ class Fleet:
             found = (
                 None  # questions go to the name in the card: it must be the one that published it
             )
+        if isinstance(found, Card) and found.teacher.saliency_tap not in found.teacher.taps:
+            found = None  # nothing could be asked of it
         with self._changed:
             if found is None:
                 into.pop(topic.owner, None)

@@ -118,7 +118,8 @@ def run_task(
     before = sum(timings.seconds.get(stage, 0) for stage in ("data", "start agents"))
 
     def report(deployed: dict[str, float] | None) -> Report:
-        total = before + time.monotonic() - began
+        # A run that was gone on with has stages of earlier sessions.
+        total = max(before + time.monotonic() - began, sum(timings.seconds.values()))
         found = Report(
             command=run.command,
             started=started,

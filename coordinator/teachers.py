@@ -28,6 +28,11 @@ class Teacher(Protocol):
         """The device id; unique in a fleet."""
         ...
 
+    @property
+    def identity(self) -> str:
+        """Changes with the network: answers of one identity belong together."""
+        ...
+
     def saliency(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """images [N, H, W, 3] -> maps [N, S, S] in [0, 1]."""
         ...
@@ -89,6 +94,10 @@ class RemoteTeacher:
     def name(self) -> str:
         return self._card.device
 
+    @property
+    def identity(self) -> str:
+        return self._card.bundle
+
     def saliency(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         return self._ask(images, "saliency", lambda block: SaliencyQuery(block=block), "saliency")
 
@@ -123,7 +132,8 @@ class RemoteTeacher:
         )
         for i, (_, answer) in zip(unknown, asked, strict=True):
             answers[i] = answer.astype(np.float16)
-            self._cache.put(keys[i], answers[i])
+            if np.isfinite(answers[i]).all():  # a bad answer is not for ever
+                self._cache.put(keys[i], answers[i])
         return np.concatenate([answers[i] for i in range(len(divided))]).astype(np.float32)
 
     def _key(self, method: str, query: msgspec.Struct) -> str:

@@ -85,15 +85,10 @@ def train(
     """
     if not teachers:
         raise UsageError("There is no teacher to learn from; start at least one device.")
-    if config.selection.strategy != "all" and config.selection.k > len(teachers):
-        # Known now: not after the baseline and the warm-up.
-        raise UsageError(
-            f"selection.k is {config.selection.k} and there are {len(teachers)} teachers; "
-            "start more of them or choose a smaller k."
-        )
+    require_enough(config, len(teachers))
     progress = progress or Silent()
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
-    run = Run.open(folder, config, data, list(teachers))
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    run = Run.open(folder, config, data, {name: t.identity for name, t in teachers.items()})
     spec = StudentSpec.of_images(data.transfer, data.probe.classes, config.student.channels)
 
     def stage(name: str) -> _Stage:
@@ -145,6 +140,16 @@ def train(
         accuracy=run.record.accuracy,
         seconds=run.record.seconds,
     )
+
+
+def require_enough(config: Config, teachers: int) -> None:
+    """Known before the baseline and the warm-up, not after. Raises UsageError."""
+    if config.selection.strategy != "all" and config.selection.k > teachers:
+        there = "is 1 teacher" if teachers == 1 else f"are {teachers} teachers"
+        raise UsageError(
+            f"selection.k is {config.selection.k} and there {there}; "
+            "start more of them or choose a smaller k."
+        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_teacher.agent.image_store import ImageStore
-from edge_teacher.agent.pooling import attention_pool, mean_pool
+from edge_teacher.agent.pooling import attention_pool, check_attention, mean_pool
 from edge_teacher.contract import frame, packing, quantised
 from edge_teacher.contract.errors import (
     CheckFailed,
@@ -20,6 +20,7 @@ from edge_teacher.contract.errors import (
     NotFound,
     RpcError,
     RuntimeFailed,
+    TooLarge,
     UsageError,
 )
 from edge_teacher.contract.messages import (
@@ -41,6 +42,8 @@ from edge_teacher.runtime import Session, run_in_batches
 from edge_teacher.slots import Students
 
 _NUMPY: Mapping[Dtype, type[np.floating[Any]]] = {"f16": np.float16, "f32": np.float32}
+
+_BYTES: Mapping[Dtype, int] = {"u8": 1, "f16": 2, "f32": 4}
 
 ENCODINGS = ("f16", "f32", "u8", *(("zstd",) if packing.available() else ()))
 """What this device offers in its card."""
@@ -99,12 +102,31 @@ class Answers:
         started = time.perf_counter()
         if query.mirrored:
             images = np.ascontiguousarray(images[:, :, ::-1])
-        found = run_in_batches(self._session, images, f"features.{tap}")
-        if query.form == "pooled":
-            found = mean_pool(found)
-        elif query.form == "attention":
-            found = attention_pool(found, frame.floats(tensors, "attention"))
+        info = self._teacher.taps[tap]
+        if query.form == "maps":
+            self._require_small(len(images) * info.channels * info.height * info.width, query.dtype)
+
+        def reduce(maps: NDArray[np.float32], where: slice) -> NDArray[np.float32]:
+            if query.form == "pooled":
+                return mean_pool(maps)
+            return maps if attention is None else attention_pool(maps, attention[where])
+
+        attention = None
+        if query.form == "attention":
+            attention = frame.floats(tensors, "attention")
+            check_attention(attention, len(images))
+        found = run_in_batches(self._session, images, f"features.{tap}", reduce=reduce)
         return _encoded(_answered(started), "features", found, query.dtype, by_channel=True)
+
+    def _require_small(self, values: int, dtype: Dtype) -> None:
+        """Known before anything is computed: maps of many images may be larger than the memory."""
+        size = values * _BYTES[dtype]
+        most = self._card().limits.max_answer_bytes
+        if size > most:
+            raise TooLarge(
+                f"the answer would have {size} bytes, and the limit is {most}; ask about fewer images "
+                "at once"
+            )
 
     def predict(self, query: PredictQuery, _tensors: Tensors) -> Answer:
         images = self._images.get(query.block)

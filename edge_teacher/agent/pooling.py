@@ -20,13 +20,10 @@ def attention_pool(features: Floats, attention: Floats) -> Floats:
     """sum_u A(u) F_c(u) / sum_u A(u), with A resized to the features' size: [N, C, h, w] -> [N, C].
 
     An attention map that is zero everywhere carries no preference: its image gets the plain mean.
-    Raises Malformed for maps of another number, with negative or non-finite values.
+    Raises Malformed as `check_attention` does.
     """
     n, _, height, width = features.shape
-    if attention.ndim != 3 or len(attention) != n or 0 in attention.shape:
-        raise Malformed(f"the attention is {list(attention.shape)}, and must be [{n}, s, s]")
-    if not np.isfinite(attention).all() or attention.min() < 0:
-        raise Malformed("the attention has negative or non-finite values")
+    check_attention(attention, n)
     # Only the shape of a map counts, so its scale must not: neither overflow nor vanish in the sums.
     peak = attention.max(axis=(1, 2), keepdims=True)
     attention = (attention / np.where(peak > 0, peak, 1)).astype(np.float32)
@@ -40,6 +37,14 @@ def attention_pool(features: Floats, attention: Floats) -> Floats:
     weighted = (flat * weights).sum(axis=2) / np.maximum(total, 1e-12)
     pooled: Floats = np.where(total > 1e-12, weighted, flat.mean(axis=2)).astype(np.float32)
     return pooled
+
+
+def check_attention(attention: Floats, images: int) -> None:
+    """Raises Malformed for maps of another number, with negative or non-finite values."""
+    if attention.ndim != 3 or len(attention) != images or 0 in attention.shape:
+        raise Malformed(f"the attention is {list(attention.shape)}, and must be [{images}, s, s]")
+    if not np.isfinite(attention).all() or attention.min() < 0:
+        raise Malformed("the attention has negative or non-finite values")
 
 
 def _interpolation(source: int, target: int) -> Floats:

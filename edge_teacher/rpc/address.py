@@ -57,7 +57,8 @@ def parse_broker(
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError as error:
+        (parts.hostname or "").encode("idna")  # what the look-up of a name begins with
+    except ValueError as error:  # UnicodeError is one
         raise UsageError(wanted) from error
     more = parts.path not in ("", "/") or parts.query or parts.fragment or "@" in parts.netloc
     if parts.scheme not in _PORTS or not parts.hostname or port == 0 or more:

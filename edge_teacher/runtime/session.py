@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -27,12 +27,25 @@ class Session(Protocol):
         ...
 
 
+Reduce = Callable[[NDArray[np.float32], slice], NDArray[np.float32]]
+"""What becomes of a batch's output; the slice says which of the images it is about."""
+
+
 def run_in_batches(
-    session: Session, images: NDArray[np.uint8], output: str, batch: int = 64
+    session: Session,
+    images: NDArray[np.uint8],
+    output: str,
+    batch: int = 64,
+    reduce: Reduce = lambda found, _where: found,
 ) -> NDArray[np.float32]:
-    """One output for any number of images, `batch` at a time: memory stays bounded."""
-    parts = [
-        session.run(images[start : start + batch], [output])[output]
-        for start in range(0, len(images), batch)
-    ]
-    return np.concatenate(parts)
+    """One output for any number of images, `batch` at a time: only what `reduce` leaves is kept of each."""
+    whole: NDArray[np.float32] | None = None
+    for start in range(0, len(images), batch):
+        where = slice(start, start + batch)
+        found = reduce(session.run(images[where], [output])[output], where)
+        if whole is None:
+            whole = np.empty((len(images), *found.shape[1:]), found.dtype)
+        whole[where] = found
+    if whole is None:
+        raise ValueError("there are no images")
+    return whole

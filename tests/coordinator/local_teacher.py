@@ -18,6 +18,7 @@ class LocalTeacher:
 
     def __init__(self, name: str, stages: nn.Module, head: nn.Linear) -> None:
         self.name = name
+        self.identity = name
         self.stages = stages.eval()
         self.head = head
         self.asked = {"saliency": 0, "pooled": 0, "features": 0}

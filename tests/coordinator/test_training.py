@@ -159,12 +159,12 @@ def test_another_run_in_the_folder_is_not_mixed_in(
 ) -> None:
     _, _, folder = whole
     changed = msgspec.structs.replace(CONFIG, seed=1)
-    with pytest.raises(UsageError, match=r"another config \(seed = 0 there, seed = 1 here\)"):
+    with pytest.raises(UsageError, match=r"other config \(seed = 0 there, seed = 1 here\)"):
         train(changed, DATA, teachers(), folder)
     fewer = TaskData(DATA.probe, DATA.transfer[:50], DATA.test)
-    with pytest.raises(UsageError, match="another data"):
+    with pytest.raises(UsageError, match="other data"):
         train(CONFIG, fewer, teachers(), folder)
-    with pytest.raises(UsageError, match="another teachers"):
+    with pytest.raises(UsageError, match=r"other teachers \(new: new; --device chooses\)"):
         train(CONFIG, DATA, {**teachers(), "new": teachers()["t0"]}, folder)
 
 
