@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import struct
 import subprocess
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+import torch
 
+from coordinator import files
 from coordinator.cli import main
+from coordinator.files import locked
+from coordinator.terminal import printable
+from edge_teacher.contract.errors import UsageError
 from edge_teacher.keys import private_key_at
 from tests.brokers import Mosquitto, free_port
 from tests.examples import ROOT
@@ -58,6 +67,71 @@ def test_an_unreachable_broker(tmp_path: Path) -> None:
 
 def test_an_address_that_is_none() -> None:
     one_sentence(fedsa("devices", "--broker", "localhost:1883"), 2, "'localhost:1883'", "mqtt://")
+
+
+def test_a_host_that_can_be_none() -> None:
+    for host in ("a..b", "x" * 70):
+        one_sentence(fedsa("devices", "--broker", f"mqtt://{host}:1883"), 2, host[:20], "mqtt://")
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack("!I", len(data)) + kind + data + struct.pack("!I", zlib.crc32(kind + data))
+
+
+def test_a_picture_that_claims_too_many_pixels(tmp_path: Path) -> None:
+    bomb = tmp_path / "bomb.png"
+    header = png_chunk(b"IHDR", struct.pack("!IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0))
+    body = png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b"")
+    bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
+    done = fedsa(
+        *("predict", "--broker", "mqtt://127.0.0.1:9", "--device", "d", "--task", "t", bomb)
+    )
+    one_sentence(done, 2, "bomb.png", "pixels")
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "-1", "soon"])
+def test_a_time_that_is_none(seconds: str) -> None:
+    done = fedsa("devices", "--broker", "mqtt://127.0.0.1:9", f"--wait={seconds}")
+    assert done.returncode == 2
+    assert "is no time: take 0 to 3600 seconds" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_more_teachers_wanted_than_there_are_leaves_no_folder(
+    tmp_path: Path, mosquitto: Mosquitto
+) -> None:
+    done = fedsa(*train(tmp_path, "--device", "d9", broker=str(mosquitto.address)))
+    one_sentence(done, 1, "d9")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_command_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(UsageError, match="another command is at work"):
+        locked(tmp_path).__enter__()
+    with locked(tmp_path):
+        pass
+
+
+def test_what_a_device_calls_itself_does_not_command_the_terminal() -> None:
+    assert printable("a\x1b[31mred\x07 b") == "a\ufffd[31mred\ufffd b"
+
+
+def test_a_full_disk_while_training_is_a_sentence(tmp_path: Path) -> None:
+    def no_space(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "write_atomically", no_space)
+        with pytest.raises(OSError, match="No space left"):
+            files.save_tensors(tmp_path / "s.pt", {"w": torch.zeros(9)})
+
+
+def test_the_workstation_s_command_says_what_is_missing_on_a_device() -> None:
+    script = "import sys; sys.modules['rich'] = None\nfrom coordinator.entry import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    one_sentence(done, 2, "rich", "fedsa-edge[coordinator]")
 
 
 def test_an_unknown_configuration_key_is_named_with_the_nearest(tmp_path: Path) -> None:

@@ -52,6 +52,23 @@ def test_a_missing_public_half_is_written_again(tmp_path: Path) -> None:
     assert key_id(read_public(path.with_suffix(".pub"))) == key_id(key.public_key())
 
 
+def test_a_private_key_never_stands_under_a_public_one_s_name(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a name for a public key"):
+        private_key_at(tmp_path / "owner.pub")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_keys_do_not_share_a_public_half(tmp_path: Path) -> None:
+    first = private_key_at(tmp_path / "a.key")
+    with pytest.raises(UsageError, match=r"a\.pub is the public half of another key"):
+        private_key_at(tmp_path / "a.pem")
+    assert not (tmp_path / "a.pem").exists()
+    (tmp_path / "a.pem").write_bytes(private_pem(KEY))
+    with pytest.raises(UsageError, match=r"a\.pub is not the public half of .*a\.pem"):
+        private_key_at(tmp_path / "a.pem")
+    assert key_id(read_public(tmp_path / "a.pub")) == key_id(first.public_key())
+
+
 WRONG = {
     "missing": None,
     "empty": b"",

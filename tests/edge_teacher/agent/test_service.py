@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from edge_teacher.agent import answers
 from edge_teacher.agent.service import Agent, AgentConfig
 from edge_teacher.contract import frame, topics
 from edge_teacher.contract.errors import (
@@ -21,6 +22,7 @@ from edge_teacher.contract.errors import (
     NotAllowed,
     NotFound,
     RuntimeFailed,
+    TooLarge,
     UsageError,
 )
 from edge_teacher.contract.images import image_block_id
@@ -156,6 +158,20 @@ class TestAnswers:
         _, under = here.call("features", query, Answered, attention=saliency.astype(np.float16))
         expected = (features * saliency[:, None]).sum((2, 3)) / saliency.sum((1, 2))[:, None]
         assert np.allclose(under["features"], expected, atol=1e-3)
+
+    def test_maps_that_would_be_too_large_are_refused_before_they_are_computed(
+        self, config: AgentConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        limits = msgspec.structs.replace(config.limits, max_answer_bytes=64)
+        running = begin(replace(config, limits=limits))
+        try:
+            running.put(IMAGES)
+            monkeypatch.setattr(answers, "run_in_batches", None)  # calling it would be a 500
+            with pytest.raises(TooLarge, match="the limit is 64"):
+                running.call("features", FeaturesQuery(block=BLOCK), Answered)
+        finally:
+            running.caller.close()
+            running.agent.stop()
 
     def test_an_attention_query_without_attention_is_malformed(self, here: Running) -> None:
         here.put(IMAGES)

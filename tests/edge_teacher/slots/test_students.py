@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -22,6 +23,7 @@ from edge_teacher.contract.errors import (
 from edge_teacher.contract.messages import Received, StudentOffer, StudentStatus
 from edge_teacher.runtime import OnnxRuntimeSession, Session
 from edge_teacher.slots import Students
+from edge_teacher.slots.students import MAX_TASKS
 from tests.edge_teacher.nets import (
     COORDINATOR,
     OWNER,
@@ -257,6 +259,51 @@ class TestOffer:
         with pytest.raises(NotAllowed, match="takes no students"):
             send(closed, V1)
         assert list(tmp_path.iterdir()) == []
+
+
+class TestStrangers:
+    """Whoever the broker lets through can offer bytes; only a signature makes them a student."""
+
+    def test_an_unsigned_offer_says_nothing_about_the_student_that_answers(
+        self, students: Students
+    ) -> None:
+        install(students, V1)
+        junk = offer_of(V2, digest="0" * 64, total_bytes=4)
+        students.offer(junk, b"ju")
+        assert students.status(TASK).state == "active"
+        with pytest.raises(CheckFailed):
+            students.offer(msgspec.structs.replace(junk, offset=2), b"nk")
+        status = students.status(TASK)
+        assert (status.state, status.active_version) == ("active", 1)
+        assert "the bundle offered for" in status.problem
+        assert answers_rightly(students) == 1
+
+    def test_tasks_of_which_nothing_was_verified_are_not_in_the_card(
+        self, students: Students
+    ) -> None:
+        students.offer(offer_of(V1, task="junk"), V1[1][:PIECE])
+        assert students.status("junk").state == "downloading"
+        assert students.statuses() == ()
+
+    def test_there_is_an_end_to_tasks(self, students: Students, tmp_path: Path) -> None:
+        for number in range(MAX_TASKS):
+            students.offer(offer_of(V1, task=f"t{number}"), b"x")
+        with pytest.raises(TooLarge, match=f"{MAX_TASKS} tasks"):
+            students.offer(offer_of(V1, task="more"), b"x")
+        assert not (tmp_path / "more").exists()
+
+    def test_downloads_take_no_more_together_than_one_bundle_may(self, tmp_path: Path) -> None:
+        students = open_students(tmp_path)
+        most = 1 << 20
+        for number in range(5):
+            digest = f"{number:064x}"
+            offer = StudentOffer(
+                task=f"t{number}", version=1, digest=digest, total_bytes=most // 2, offset=0
+            )
+            students.offer(offer, bytes(most // 2 - 1))
+            held = sum(part.stat().st_size for part in tmp_path.rglob("*.part"))
+            assert held <= most
+        assert (tmp_path / "t4" / f"{4:064x}.part").exists()
 
 
 class TestActivate:
