@@ -52,6 +52,8 @@ def test_a_link_that_becomes_slow_gets_small_ones_again(clock: list[float]) -> N
         assert set(connection.sizes.values()) == {size}
     clock[0] += 60  # a pause says nothing of the link
     buffers.moved(524288)
+    assert set(connection.sizes.values()) == {LARGE_BYTES}
+    buffers.opened(connection)  # but another connection may be another link
     assert set(connection.sizes.values()) == {SMALL_BYTES}
 
 
