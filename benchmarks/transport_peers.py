@@ -35,6 +35,8 @@ class Give(Wire, frozen=True):
     """Asks for an answer of `count` bytes; `fresh`: made for it and not kept, as an answer is."""
 
     count: int
+    pad: str = ""
+    """Makes the request as long as its peers'."""
     fresh: bool = False
     reset_peak: bool = False
 

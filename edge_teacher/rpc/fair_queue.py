@@ -26,6 +26,8 @@ class Job:
     message: Message
     deadline: float | None
     """On this machine's monotonic clock, counted from the arrival."""
+    arrived: float
+    """On the same clock."""
     minor: int = 0
     """Of the asker's protocol."""
     withdrawn: bool = False

@@ -21,7 +21,6 @@ import msgspec
 from edge_teacher.contract import PROTOCOL, frame, topics
 from edge_teacher.contract.errors import (
     Busy,
-    Malformed,
     RpcError,
     TooLarge,
     Unreachable,
@@ -29,10 +28,10 @@ from edge_teacher.contract.errors import (
 )
 from edge_teacher.contract.frame import Payload
 from edge_teacher.contract.limits import BULK_ABOVE_BYTES, MIB
-from edge_teacher.contract.messages import Chunk, Control, Problem
+from edge_teacher.contract.messages import Control, Problem
 from edge_teacher.contract.versions import BULK_SINCE, minor_of
-from edge_teacher.rpc.chunks import Reassembly
-from edge_teacher.rpc.pending import Memory, Pending, backoff
+from edge_teacher.rpc.intake import Intake, Memory
+from edge_teacher.rpc.pending import Pending, backoff
 from edge_teacher.rpc.traffic import Traffic, WireBytes
 from edge_teacher.rpc.transport import Message, Transport
 
@@ -79,6 +78,7 @@ class Caller:
         self._name = name
         self._most_bytes = min(max_answer_bytes, max_memory_bytes)
         self._memory = Memory(max_memory_bytes, self._most_bytes)
+        self._intake = Intake(self._most_bytes, self._memory, self.traffic, self._control, retry_s)
         self._outstanding = outstanding
         self._retry_s = retry_s
         self._tick_s = tick_s
@@ -304,67 +304,26 @@ class Caller:
         """The answer's frame once it is complete. Raises what the device answered instead."""
         status = message.user.get("status", "")
         if status == "200":
-            sent = len(pending.request.payload)
-            self.traffic.measured(pending.device, sent, time.monotonic() - pending.sent_at)
+            self._measure_request(pending, message)
             return message.payload
         if status != "206":
             problem, _ = frame.decode(message.payload, Problem)
             raise error_from_code(problem.code, problem.message, problem.retry_after_s)
-        try:
-            chunk, tensors = frame.decode(message.payload, Chunk)
-            data = frame.tensor(tensors, "data", "u8", None)
-            with pending.lock:
-                return self._take_chunk(pending, chunk, data)
-        except Malformed as error:
-            log.warning("dropped a damaged chunk from %s: %.200s", pending.device, error)
-            return None  # it stays missing, and is asked for again
-
-    def _take_chunk(self, pending: Pending, chunk: Chunk, data: frame.Array) -> Payload | None:
-        if pending.over:
-            return None
-        if pending.parts is not None and pending.tries > 1 and not pending.parts.owns(chunk):
-            # Asked anew, a device that has dropped its answer gives another one, from its beginning.
-            self._drop_parts(pending)
-        if pending.parts is None and not self._begin_parts(pending, chunk):
-            return None
-        assert pending.parts is not None
-        if not pending.parts.add(chunk, data):
-            return None
-        pending.heard(self._retry_s)
-        if pending.parts.missing:
-            if credits := pending.credits_due(self.traffic.speed(pending.device)):
-                # Lost, they are made good by the next ranges: no need for an acknowledgement.
-                self._control(pending, pending.control("credit", credits=credits), qos=0)
-            return None
-        try:
-            whole = pending.parts.whole()
-        except Malformed:
-            self._drop_parts(pending)  # all of it again
-            pending.tries, pending.next_try = 1, 0.0
-            return None
-        took = time.monotonic() - pending.first_chunk_at
-        self.traffic.measured(pending.device, len(whole) - data.nbytes, took)
-        if self._minors.get(pending.device, 0) >= BULK_SINCE:
+        whole = self._intake.take(pending, message.payload)
+        if whole is not None and self._minors.get(pending.device, 0) >= BULK_SINCE:
             self._control(pending, pending.control("done"))
         return whole
 
-    def _begin_parts(self, pending: Pending, chunk: Chunk) -> bool:
-        """Whether there is memory for this answer now. Raises TooLarge, Malformed."""
-        if 1 <= chunk.total_bytes <= self._most_bytes and not self._memory.take(
-            pending.device, chunk.total_bytes
-        ):
-            pending.waits_for_memory = True
-            pending.next_try = math.inf
-            return False
-        pending.parts = Reassembly(chunk, self._most_bytes)
-        pending.begin_window()
-        pending.waits_for_memory = False
-        return True
-
-    def _drop_parts(self, pending: Pending) -> None:
-        if pending.parts is not None:
-            self._memory.give_back(pending.device, pending.parts.total_bytes)
-            pending.parts = None
+    def _measure_request(self, pending: Pending, message: Message) -> None:
+        """How fast a request went over the wire: without what the device says it spent on it."""
+        try:
+            spent_s = float(message.user.get("ms", "nan")) / 1e3
+        except ValueError:
+            return
+        took = time.monotonic() - pending.sent_at - spent_s
+        # One that was tried twice was lost, or waited: that says nothing of the link.
+        if pending.tries == 0 and pending.busy is None and spent_s >= 0:
+            self.traffic.measured(pending.device, len(pending.request.payload), took)
 
     # ── the end of a question ────────────────────────────────────────────────────────────────
 
@@ -392,11 +351,7 @@ class Caller:
                 if unsent and not self._closed.is_set():
                     due.append(unsent.popleft())
                     self._count_as_sent(due[0])
-        with pending.lock:
-            pending.over = True
-            held = pending.parts is not None
-            self._drop_parts(pending)
-        if held:
+        if self._intake.end(pending):
             with self._lock:
                 for other in self._pending.values():
                     if other.waits_for_memory:

@@ -108,9 +108,12 @@ class FastClient(Client):
             return MQTTErrorCode.MQTT_ERR_SUCCESS
         if self.may_write_directly and self._writing.acquire(blocking=False):
             try:
-                if not self._out_packet and (sent := self._send_now(view)):
+                # Both of one connection: the next has another socket and another queue, which must
+                # not begin with the rest of a packet of this one.
+                connection, waiting = self._sock, self._out_packet
+                if not waiting and (sent := self._send_now(connection, view)):
                     if sent < len(view):  # the rest comes before anything else
-                        self._out_packet.appendleft(_out(command, view, mid, qos, info, sent))
+                        waiting.appendleft(_out(command, view, mid, qos, info, sent))
                         self._wake()
                     elif info is not None and qos == 0 and command & 0xF0 == _PUBLISH:
                         info._set_as_published()
@@ -123,13 +126,12 @@ class FastClient(Client):
         with self._writing:
             return super()._packet_write()
 
-    def _send_now(self, view: memoryview) -> int:
+    def _send_now(self, connection: Any, view: memoryview) -> int:
         """Bytes the socket took at once. An error is left to paho's thread, which meets it too."""
-        connection = self._sock
         if connection is None:
             return 0
         try:
-            sent: int = connection.send(view)  # type: ignore[arg-type]  # any buffer will do
+            sent: int = connection.send(view)
         except OSError:
             return 0
         with self._msgtime_mutex:

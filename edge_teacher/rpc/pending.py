@@ -29,37 +29,6 @@ def backoff(first_s: float, tries: int) -> float:
     return float(first_s * 2 ** min(tries, MOST_DOUBLINGS) * random.uniform(0.75, 1.25))
 
 
-class Memory:
-    """Bytes that answers may take while they are put together: of one device, and of all. Thread-safe."""
-
-    def __init__(self, most_bytes: int, most_of_one_bytes: int) -> None:
-        self._left = most_bytes
-        self.most_of_one_bytes = min(most_of_one_bytes, most_bytes)
-        self._taken: dict[str, int] = {}
-        self._lock = threading.Lock()
-
-    def take(self, device: str, count: int) -> bool:
-        with self._lock:
-            taken = self._taken.get(device, 0)
-            if count > self._left or taken + count > self.most_of_one_bytes:
-                return False
-            self._left -= count
-            self._taken[device] = taken + count
-            return True
-
-    def give_back(self, device: str, count: int) -> None:
-        with self._lock:
-            self._left += count
-            self._taken[device] -= count
-            if not self._taken[device]:
-                del self._taken[device]
-
-    @property
-    def taken(self) -> int:
-        with self._lock:
-            return sum(self._taken.values())
-
-
 @dataclass(eq=False)
 class Pending:
     """What the asking side keeps of one question."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -142,7 +143,7 @@ class Server:
             self._refuse(key, error)
             return
         if done is not None:
-            self._send(key, done, again=True)
+            self._send(key, done)
 
     def _admit(self, key: Key, message: Message) -> None:
         parsed = topics.parse(message.topic)
@@ -163,8 +164,9 @@ class Server:
             )
         if self._draining:
             raise Draining(f"{self._device} is shutting down")
-        deadline = None if message.expiry_s is None else time.monotonic() + message.expiry_s
-        job = Job(key, name, parsed.rest, message, deadline, minor)
+        now = time.monotonic()
+        deadline = None if message.expiry_s is None else now + message.expiry_s
+        job = Job(key, name, parsed.rest, message, deadline, now, minor)
         self._known[key] = job
         full = self._jobs.put(job)
         if full and (expired := self._jobs.expired()):
@@ -250,7 +252,7 @@ class Server:
             if (
                 done is not None
             ):  # it is remembered: if this fails, the retry is answered from there
-                self._send(job.key, done)
+                self._send(job.key, done, job=job)
 
     def _answer(self, job: Job) -> Answered | None:
         """Compute and remember it; None where nobody wants it any more."""
@@ -302,15 +304,18 @@ class Server:
         problem = Problem(code=error.code, message=str(error), retry_after_s=error.retry_after_s)
         self._publish(self._transport, key.respond_to, key, error.code, frame.encode(problem))
 
-    def _send(self, key: Key, done: Answered, *, again: bool = False) -> None:
+    def _send(self, key: Key, done: Answered, *, job: Job | None = None) -> None:
+        """`job`: it has just been computed; None: it is asked for again."""
         if done.sha256:
             self._outbox.begin(key, done)
-        else:
-            # If it is lost, the request comes again; only then is the acknowledgement worth its time.
-            small = done.payload.nbytes <= BULK_ABOVE_BYTES
-            qos = 0 if small and not again and self._transport.connected else 1
-            payload = done.payload.join()
-            self._publish(self._transport, key.respond_to, key, 200, payload, qos=qos)
+            return
+        # If it is lost, the request comes again; only then is the acknowledgement worth its time.
+        small = done.payload.nbytes <= BULK_ABOVE_BYTES
+        qos = 0 if small and job is not None and self._transport.connected else 1
+        # What the asker has to take off before it knows how long the wire took.
+        spent = {} if job is None else {"ms": f"{(time.monotonic() - job.arrived) * 1e3:.3f}"}
+        payload = done.payload.join()
+        self._publish(self._transport, key.respond_to, key, 200, payload, qos=qos, user=spent)
 
     def _publish_chunk(self, key: Key, answer: Answered, chunk: bytes) -> None:
         asker = topics.parse(key.respond_to)
@@ -327,6 +332,7 @@ class Server:
         payload: bytes,
         *,
         qos: int = 1,
+        user: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         transport.publish(
             Message(
@@ -334,7 +340,7 @@ class Server:
                 payload=payload,
                 qos=qos,
                 correlation=key.correlation,
-                user={"status": str(status), "v": PROTOCOL, "src": self._device},
+                user={"status": str(status), "v": PROTOCOL, "src": self._device, **user},
             )
         )
 

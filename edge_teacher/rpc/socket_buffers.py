@@ -14,10 +14,9 @@ from typing import Any
 SMALL_BYTES = 128 * 1024
 LARGE_BYTES = 1024 * 1024
 _FAST_BYTES_PER_S = 30e6
-_SLOW_BYTES_PER_S = 15e6
-_PAUSE_S = 0.5
-"""Longer between two messages, and it was not the link that took the time."""
-_NEWEST = 0.3
+_FAST_IN_A_ROW = 2
+_SLOW_IN_A_ROW = 4
+"""A single long gap is a pause between two answers; on a slow link there are only long ones."""
 
 
 class SocketBuffers:
@@ -25,35 +24,30 @@ class SocketBuffers:
 
     def __init__(self) -> None:
         self._connection: Any = None
-        self._size = SMALL_BYTES
-        self._speed: float | None = None
+        self._size = 0
+        self._fast = self._slow = 0
         self._last = 0.0
 
     def opened(self, connection: Any) -> None:
         self._connection = connection
-        self._speed = None
+        self._fast = self._slow = self._size = 0
         self._set(SMALL_BYTES)
 
     def moved(self, count: int) -> None:
         """So many bytes more have been received, or acknowledged."""
         now = time.monotonic()
         took, self._last = now - self._last, now
-        if took > _PAUSE_S:
-            # Either a pause, or a link so slow that a chunk takes this long.
-            self._set(SMALL_BYTES)
-            self._speed = None
-            return
-        speed = count / max(took, 1e-4)
-        self._speed = (
-            speed if self._speed is None else self._speed * (1 - _NEWEST) + speed * _NEWEST
-        )
-        if self._speed > _FAST_BYTES_PER_S:
+        if count > took * _FAST_BYTES_PER_S:
+            self._fast, self._slow = self._fast + 1, 0
+        else:
+            self._fast, self._slow = 0, self._slow + 1
+        if self._fast >= _FAST_IN_A_ROW:
             self._set(LARGE_BYTES)
-        elif self._speed < _SLOW_BYTES_PER_S:
+        elif self._slow >= _SLOW_IN_A_ROW:
             self._set(SMALL_BYTES)
 
     def _set(self, size: int) -> None:
-        if size == self._size and self._speed is not None:
+        if size == self._size:
             return
         self._size = size
         # A TLS socket and a Unix socket may refuse; both work without.

@@ -501,3 +501,38 @@ def test_a_device_that_is_back_is_asked_again_at_once() -> None:
         future = here.caller.submit(DEVICE, "echo", Ask(text="lost"), timeout_s=30)
         here.caller.device_back(DEVICE)
         assert frame.decode(future.result(10), Said)[0].text == "lost"
+
+
+class TestSpeed:
+    """Of the link, which what the device spends must not make look slow."""
+
+    def test_of_an_upload_without_what_the_device_spent_on_it(self) -> None:
+        with world(retry_s=30) as here:
+            future = here.caller.submit(
+                DEVICE, "hold", Ask(), {"a": np.zeros(900_000, np.uint8)}, timeout_s=20
+            )
+            assert here.device.begun.acquire(timeout=10)
+            threading.Timer(0.5, here.device.may_go_on.set).start()
+            assert future.result(10)
+            speed = here.caller.traffic.speed(DEVICE)
+            assert speed is not None
+            assert speed > 900_000 / 0.25
+
+    def test_of_a_chunked_answer(self) -> None:
+        with world() as here:
+            assert here.caller.traffic.speed(DEVICE) is None
+            echo(here, bytes_back=BIG)
+            speed = here.caller.traffic.speed(DEVICE)
+            assert speed is not None
+            assert speed > 1e6
+
+    @pytest.mark.parametrize("said", ["", "nan", "-5", "x", "1e400"])
+    def test_a_device_that_says_nonsense_is_not_measured(self, said: str) -> None:
+        def spoil(message: Message) -> list[Message]:
+            if channel_of(message) != "rsp":
+                return [message]
+            return [replace(message, user={**message.user, "ms": said})]
+
+        with world(fault=spoil) as here:
+            here.caller.call(DEVICE, "echo", Ask(), {"a": np.zeros(900_000, np.uint8)}, answer=Said)
+            assert here.caller.traffic.speed(DEVICE) is None

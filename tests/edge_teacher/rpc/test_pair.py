@@ -112,6 +112,19 @@ def test_mutual_tls_with_access_rules(secured: Secured, ends: ExitStack) -> None
     assert device.executed == ["a", "a"]
 
 
+def test_tls_without_client_certificates(tmp_path: Path, ends: ExitStack) -> None:
+    authority = Authority(tmp_path)
+    certificate, key = authority.issue("broker")
+    broker = Mosquitto(
+        tmp_path, f"certfile {certificate}", f"keyfile {key}", "allow_anonymous true"
+    ).start()
+    ends.callback(broker.kill)
+    address = parse_broker(f"mqtts://127.0.0.1:{broker.port}", ca=authority.certificate)
+    device, caller = converse(ends, connect_pair(address, DEVICE), connect_pair(address, "ada"))
+    check_both_ways(caller)
+    assert device.executed == ["a", "a"]
+
+
 def test_a_device_sees_nothing_of_another_and_cannot_speak_for_it(
     secured: Secured, ends: ExitStack
 ) -> None:

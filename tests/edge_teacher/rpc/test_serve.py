@@ -105,7 +105,9 @@ def test_the_answer_carries_correlation_status_version_and_source(peer: Peer) ->
     (answer,) = peer.wait(1)
     assert answer.topic == RESPONSE
     assert answer.correlation == b"c1"
-    assert answer.user == {"status": "200", "v": PROTOCOL, "src": DEVICE}
+    spent_ms = float(answer.user["ms"])
+    assert 0 <= spent_ms < 10_000
+    assert answer.user == {"status": "200", "v": PROTOCOL, "src": DEVICE, "ms": answer.user["ms"]}
     assert frame.decode(answer.payload, Said)[0].text == "hello"
 
 
