@@ -2,7 +2,7 @@
 
 Throws damaged, lying and misplaced messages at a server and a client, half at each, and reports what they
 cost; ends with an error if an end stops working or its memory grows. With `--atheris N`, N inputs found by
-coverage (`pip install atheris`) go through the decoder, the control channel and the response handler.
+coverage (`pip install atheris`) go through the frame decoder and the reassembly of chunks.
 """
 
 from __future__ import annotations

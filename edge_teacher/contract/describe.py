@@ -74,7 +74,8 @@ def _structs() -> list[type[msgspec.Struct]]:
 def _messages() -> str:
     parts = []
     for kind in _structs():
-        parts.append(f"#### {kind.__name__}\n\n{textwrap.dedent(kind.__doc__ or '').strip()}\n")
+        said = inspect.cleandoc(kind.__doc__ or "")
+        parts.append(f"#### {kind.__name__}\n\n{said}\n")
         fields = msgspec.structs.fields(kind)
         if fields:
             notes, hints = _field_docs(kind), get_type_hints(kind)

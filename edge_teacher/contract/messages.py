@@ -194,6 +194,8 @@ class StudentOffer(Wire, frozen=True):
 
 
 class StudentOffered(Wire, frozen=True):
+    """How much of the bundle the device holds, and what it makes of it."""
+
     received: Received
     status: StudentStatus
 
