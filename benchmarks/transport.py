@@ -128,13 +128,13 @@ def control_p99_ms(ask: Ask, samples: int) -> float:
 
 def peaks(caller: Caller) -> tuple[float, float]:
     """(receiver's, sender's) growth of peak memory for one answer, over its bytes."""
-    before = caller.call(DEVICE, "give", Give(count=1, reset_peak=True), answer=Given)[0]
+    before = caller.call(DEVICE, "give", Give(count=1, reset_peak=True, tell=True), answer=Given)[0]
     reset_peak()
     base = memory_bytes("VmRSS")
     answer = caller.call(DEVICE, "give", Give(count=MEMORY_BYTES, fresh=True), answer=Given)
     receiver = memory_bytes("VmHWM") - base
     del answer
-    after = caller.call(DEVICE, "give", Give(count=1), answer=Given)[0]
+    after = caller.call(DEVICE, "give", Give(count=1, tell=True), answer=Given)[0]
     return receiver / MEMORY_BYTES, (after.peak_bytes - before.rss_bytes) / MEMORY_BYTES
 
 

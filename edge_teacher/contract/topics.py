@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from edge_teacher.contract.errors import UsageError
 
 ROOT = "fedsa/v1"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _METHOD = re.compile(r"[a-z_]+(\.[a-z_]+)?")
+_LONGEST = 256
+"""Characters: two names, a method, and what stands between them."""
 _CHANNELS = ("state", "card", "telemetry", "ctl")
 
 
@@ -101,6 +104,11 @@ def everyone(channel: str) -> str:
 
 def parse(topic: str) -> Topic | None:
     """The parts of a topic, or None for one this contract does not know."""
+    return _parse(topic) if len(topic) <= _LONGEST else None
+
+
+@lru_cache(maxsize=512)  # the same few topics, several times for every message
+def _parse(topic: str) -> Topic | None:
     if not topic.startswith(ROOT + "/"):
         return None
     levels = topic[len(ROOT) + 1 :].split("/")
