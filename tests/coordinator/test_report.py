@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from coordinator.encodings import EncodingCost
 from coordinator.report import (
     Accuracy,
     CurvePoint,
@@ -112,6 +113,18 @@ def a_report(**changes: object) -> Report:
                 "features": Traffic(sent=20_000, received=1_728_000),
             },
             "teacher-1": {"saliency": Traffic(sent=2100, received=512_000)},
+        },
+        encodings={
+            "teacher-0": {
+                "u8+zstd": EncodingCost(
+                    answers=7,
+                    bytes_received=410_000,
+                    bytes_plain=3_456_000,
+                    encode_ms=120,
+                    largest_error=0.004,
+                    link_bytes_per_s=1.2e6,
+                )
+            }
         },
         seconds={"scratch": 14.2, "ask": 83.4, "total": 95.0},
         config={"seed": 3, "selection": {"k": 1, "adaptive": True}, "data": {"test": ""}},
@@ -233,6 +246,10 @@ def test_page_says_the_result_and_every_number(html: str) -> None:
         "306 830 parameters",
         "not checked: TensorRT is not installed",
         "1.7 MB",
+        "u8+zstd",
+        "410 kB",
+        "3.5 MB",
+        "1.2 MB/s",
         "1 min 23 s",
         "1 min 35 s",  # the whole run, not the sum
         "2 stages",
