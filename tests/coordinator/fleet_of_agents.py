@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -9,9 +10,9 @@ from pathlib import Path
 
 from coordinator.fleet import Fleet
 from edge_teacher.agent.service import Agent, AgentConfig
-from edge_teacher.contract import topics
+from edge_teacher.contract import frame, topics
 from edge_teacher.contract.limits import Limits
-from edge_teacher.contract.messages import Card
+from edge_teacher.contract.messages import Card, State
 from edge_teacher.rpc.invoke import Caller
 from edge_teacher.rpc.memory import MemoryBroker, MemoryTransport
 from edge_teacher.rpc.transport import Message
@@ -52,7 +53,21 @@ class World:
         transport = self.broker.connect(agent.will())
         agent.start(transport)
         self.agents[name], self.transports[name] = agent, transport
+        self._hear(name, agent)
         return agent.card()
+
+    def _hear(self, name: str, agent: Agent) -> None:
+        """Until the fleet, whose handler comes before this one, has this agent's own birth."""
+        session = frame.decode(agent.will().payload, State)[0].session
+        heard = threading.Event()
+
+        def on_state(message: Message) -> None:
+            state, _ = frame.decode(message.payload, State)
+            if state.online and state.session == session:
+                heard.set()
+
+        self.transport.subscribe(topics.state(name), on_state)
+        assert heard.wait(10), f"{name} was not born"
 
     def asked(self, device: str = "") -> list[str]:
         """The methods that were asked for, in order."""
