@@ -26,11 +26,16 @@ class Device:
     card: Card
 
 
-class Fleet:
-    """Follows every device. When one dies or restarts, what it was being asked fails at once."""
+GRACE_S = 10.0
 
-    def __init__(self, transport: Transport, caller: Caller) -> None:
+
+class Fleet:
+    """Follows every device. When one leaves or stays away, what it was being asked fails."""
+
+    def __init__(self, transport: Transport, caller: Caller, *, grace_s: float = GRACE_S) -> None:
+        """`grace_s`: how long a device may be away, without having said so, before questions fail."""
         self._caller = caller
+        self._grace_s = grace_s
         self._states: dict[str, State] = {}
         self._cards: dict[str, Card] = {}
         self._changed = threading.Condition()
@@ -88,15 +93,15 @@ class Fleet:
 
     def _on_state(self, message: Message) -> None:
         topic = topics.parse(message.topic)
-        before = self._states.get(topic.owner) if topic else None
         state = self._note(message, State, self._states)
         if topic is None:
             return
         if state is None or not state.online:
-            self._caller.device_gone(topic.owner, "went offline")
+            # A will is also what a connection leaves that is back a second later.
+            grace_s = 0.0 if state is None or state.leaving else self._grace_s
+            self._caller.device_gone(topic.owner, "went offline", grace_s=grace_s)
             return
-        if before is not None and before.online and state.session != before.session:
-            self._caller.device_gone(topic.owner, "restarted")
+        # Also one that has restarted is asked again: it says 404 to what it has forgotten.
         self._caller.device_back(topic.owner)
 
     def _note(self, message: Message, kind: type[Kind], into: dict[str, Kind]) -> Kind | None:

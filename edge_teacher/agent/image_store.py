@@ -45,7 +45,10 @@ class ImageStore:
         Raises TooLarge before taking memory, Malformed if the finished block is not what its id says.
         """
         with self._lock:
-            block = self._blocks.get(request.block) or self._new(request)
+            block = self._blocks.get(request.block)
+            if block is None and not data.size:  # "have you got it?" takes nobody's place
+                return Received(next_offset=0, total_bytes=self._size(request))
+            block = block or self._new(request)
             if request.offset == block.filled and not block.whole:
                 flat = block.pixels.reshape(-1)
                 if block.filled + data.size > flat.size:
@@ -68,7 +71,8 @@ class ImageStore:
             self._blocks.move_to_end(block_id)
             return block.pixels
 
-    def _new(self, request: PutImages) -> _Block:
+    def _size(self, request: PutImages) -> int:
+        """Bytes of the block. Raises Malformed, TooLarge."""
         n, height, width, channels = request.shape
         size = math.prod(request.shape)
         if min(request.shape) < 1 or channels != 3:
@@ -79,6 +83,10 @@ class ImageStore:
                 f"a block of {n} images, {height} x {width}, {size} bytes is too large: at most "
                 f"{self._limits.max_images_per_block} images and {most} bytes"
             )
+        return size
+
+    def _new(self, request: PutImages) -> _Block:
+        size = self._size(request)
         held = sum(block.pixels.nbytes for block in self._blocks.values())
         while self._blocks and held + size > self._limits.image_store_bytes:
             _, oldest = self._blocks.popitem(last=False)

@@ -37,6 +37,10 @@ CPU_DIALECTS = ("int8_cpu", "fp32")
 """Student graphs ONNX Runtime's CPU provider executes, fastest first."""
 
 
+BULK_GRACE_S = 2.0
+"""After that a device is born without its second connection: what is large then takes the first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AgentConfig:
     device: str
@@ -58,6 +62,7 @@ class Agent:
     def __init__(self, config: AgentConfig) -> None:
         self.config = config
         self._since = time.time()
+        self._began = time.monotonic()
         self._session_id = secrets.token_hex(8)
         bundle = bundles.read(config.bundle, config.owners)
         if not isinstance(bundle.card, TeacherCard):
@@ -77,6 +82,7 @@ class Agent:
         self._transport: Transport | None = None
         self._bulk: Transport | None = None
         self._server: Server | None = None
+        self._waits_for_bulk = False
         self._stopped = threading.Event()
         self._telemetry_thread = threading.Thread(
             target=self._telemetry, name="telemetry", daemon=True
@@ -121,7 +127,9 @@ class Agent:
             bulk=bulk,
         )
         self._server.start()
-        transport.on_connect(self._announce)
+        transport.on_connect(self._connected)
+        if bulk is not None and bulk is not transport:
+            bulk.on_connect(self._bulk_connected)
         self._telemetry_thread.start()
 
     def stop(self) -> None:
@@ -135,7 +143,7 @@ class Agent:
         if self._bulk is not None and self._bulk is not self._transport:
             self._bulk.close()
         if self._transport is not None:
-            self._transport.publish(self._state(online=False))
+            self._transport.publish(self._state(online=False, leaving=True))
             self._transport.close()
         log.info("%s has stopped", self.config.device)
 
@@ -153,9 +161,10 @@ class Agent:
                 "that its card promises; export it again"
             )
 
-    def _state(self, *, online: bool) -> Message:
+    def _state(self, *, online: bool, leaving: bool = False) -> Message:
         state = State(
             online=online,
+            leaving=leaving,
             session=self._session_id,
             software=f"edge-teacher {__version__}",
             protocol=PROTOCOL,
@@ -173,7 +182,22 @@ class Agent:
     def _announce_card(self) -> None:
         self._publish(topics.card(self.config.device), self.card(), qos=1, retain=True)
 
+    def _connected(self) -> None:
+        """Who hears the birth may ask something large at once: it is said when both connections are there."""
+        if self._bulk is None or self._bulk.connected:
+            self._announce()
+            return
+        self._waits_for_bulk = True
+        timer = threading.Timer(BULK_GRACE_S, self._bulk_connected)
+        timer.daemon = True
+        timer.start()
+
+    def _bulk_connected(self) -> None:
+        if self._waits_for_bulk and self._transport is not None and self._transport.connected:
+            self._announce()
+
     def _announce(self) -> None:
+        self._waits_for_bulk = False
         if self._stopped.is_set():
             return  # reconnected while saying goodbye
         # The card first: whoever hears the birth finds it there.
@@ -187,7 +211,7 @@ class Agent:
             assert self._server is not None
             counters = self._server.counters
             telemetry = Telemetry(
-                uptime_s=round(time.time() - self._since, 1),
+                uptime_s=round(time.monotonic() - self._began, 1),
                 rss_bytes=rss_bytes(),
                 load_1min=os.getloadavg()[0],
                 temperature_c=temperature_c(),

@@ -36,6 +36,8 @@ class State(Wire, frozen=True):
     software: str
     protocol: str
     since_unix_s: float
+    leaving: bool = False
+    """With `online: false`: it left in good order, and will not be back in a moment. Since 1.1."""
 
 
 class TapInfo(Wire, frozen=True):

@@ -46,6 +46,9 @@ RETRY_S = 5.0
 TICK_S = 0.2
 """How often deadlines and retries are looked at."""
 
+_LONGEST_S = 1e9
+"""MQTT's expiry has 32 bits."""
+
 OUTSTANDING = 16
 """Questions on their way to one device; further ones wait here, where they cost the device nothing."""
 
@@ -88,6 +91,8 @@ class Caller:
         self._minors: dict[str, int] = {}
         self._lock = threading.Lock()
         self._gone: dict[str, str] = {}
+        self._missing: dict[str, tuple[float, str]] = {}
+        """Devices that may be back in a moment, with the time at which they are given up, and why."""
         self._closed = threading.Event()
         transport.subscribe(topics.responses(name), self._on_response)
         self._bulk.subscribe(topics.all_data(name), self._on_response)
@@ -116,6 +121,7 @@ class Caller:
         `packed`: the answer's tensors may come packed with zstd. Give the future to `cancel` when
         nobody waits for it any more.
         """
+        timeout_s = min(timeout_s, _LONGEST_S)
         correlation = secrets.token_bytes(16)
         user = {"v": PROTOCOL, "src": self._name} | ({"accept": "zstd"} if packed else {})
         request = Message(
@@ -143,7 +149,7 @@ class Caller:
         try:
             self._send(pending)
         except BaseException:
-            self._forget(pending)
+            self._send_due(self._release(pending)[1])
             raise
         return future
 
@@ -215,9 +221,17 @@ class Caller:
         if found is not None:
             self._withdraw(found, Unreachable(f"{found.method} was cancelled before its answer"))
 
-    def device_gone(self, device: str, why: str) -> None:
-        """Fail everything asked of a device that will not answer any more, until it is back."""
+    def device_gone(self, device: str, why: str, *, grace_s: float = 0) -> None:
+        """Fail everything asked of a device that will not answer any more, until it is back.
+
+        With `grace_s`: only if it is not back by then; what it is asked meanwhile waits for it.
+        """
+        if grace_s:
+            with self._lock:
+                self._missing[device] = (time.monotonic() + grace_s, why)
+            return
         with self._lock:
+            self._missing.pop(device, None)
             self._gone[device] = why
             lost = [p for p in self._pending.values() if p.device == device]
         for pending in lost:
@@ -229,6 +243,7 @@ class Caller:
         """The device may be asked again: also what was on its way when its connection broke."""
         with self._lock:
             self._gone.pop(device, None)
+            self._missing.pop(device, None)
         self._ask_again(device)
 
     def close(self) -> None:
@@ -257,7 +272,9 @@ class Caller:
         # which makes a round trip a third faster.
         qos = 0 if pending.first_try and not large and self._transport.connected else 1
         pending.first_try = False
-        if large and self._minors.get(pending.device, 0) >= BULK_SINCE:
+        # In vain once, or with one's own second connection away, it takes the way that control takes.
+        apart = not pending.tries and self._bulk.connected
+        if large and apart and self._minors.get(pending.device, 0) >= BULK_SINCE:
             topic = topics.put(pending.device, pending.method)
             self._bulk.publish(replace(request, topic=topic, expiry_s=left))
         else:
@@ -329,39 +346,48 @@ class Caller:
 
     def _finish(self, pending: Pending, outcome: Payload | RpcError) -> bool:
         """False if it had ended already."""
-        if not self._forget(pending):
+        known, due = self._release(pending)
+        if not known:
             return False
+        # Before anything is sent for others: whatever becomes of that, this question has its answer.
         if isinstance(outcome, RpcError):
             pending.future.set_exception(outcome)
         else:
             pending.future.set_result(outcome)
+        self._send_due(due)
         return True
 
-    def _forget(self, pending: Pending) -> bool:
-        """Give back what it held, and let in who waited for that."""
-        due: list[Pending] = []
+    def _send_due(self, due: Pending | None) -> None:
+        """Send what has waited for its turn; one that cannot be sent gives its turn to the next."""
+        while due is not None:
+            try:
+                self._send(due)
+            except RpcError as error:
+                failed, due = due, self._release(due)[1]
+                failed.future.set_exception(error)
+            else:
+                return
+
+    def _release(self, pending: Pending) -> tuple[bool, Pending | None]:
+        """Give back what it held: (whether it was known, who has now the turn to be sent)."""
+        due: Pending | None = None
         with self._lock:
             if self._pending.pop(pending.request.correlation, None) is None:
-                return False
+                return False, None
             unsent = self._unsent[pending.device]
             if not pending.sent:
                 unsent.remove(pending)
             else:
                 self._at_device[pending.device] -= 1
                 if unsent and not self._closed.is_set():
-                    due.append(unsent.popleft())
-                    self._count_as_sent(due[0])
+                    due = unsent.popleft()
+                    self._count_as_sent(due)
         if self._intake.end(pending):
             with self._lock:
                 for other in self._pending.values():
                     if other.waits_for_memory:
                         other.waits_for_memory, other.tries, other.next_try = False, 1, 0.0
-        for later in due:
-            try:
-                self._send(later)
-            except RpcError as error:
-                self._finish(later, error)
-        return True
+        return True, due
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────
 
@@ -381,6 +407,9 @@ class Caller:
             now = time.monotonic()
             with self._lock:
                 waiting = list(self._pending.values())
+                away = [(d, why) for d, (until, why) in self._missing.items() if now >= until]
+            for device, why in away:
+                self.device_gone(device, why)
             for pending in waiting:
                 try:
                     self._look_at(pending, now)

@@ -94,7 +94,8 @@ class Outbox:
                 del self._transfers[key]
 
     def _send(self) -> None:
-        while self._transport.room:
+        # Without its connection there is no telling; then the credits alone bound what is on its way.
+        while self._transport.room or not self._transport.connected:
             with self._lock:
                 found = next(
                     (

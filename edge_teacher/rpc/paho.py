@@ -19,7 +19,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_teacher.contract.errors import TooLarge, Unreachable
-from edge_teacher.contract.limits import CHUNK_BYTES, MAX_PACKET_BYTES
+from edge_teacher.contract.limits import CHUNK_BYTES, KIB, MAX_PACKET_BYTES, UPLOAD_BYTES
 from edge_teacher.rpc.address import BrokerAddress
 from edge_teacher.rpc.paho_client import FastClient, PackedProperties
 from edge_teacher.rpc.socket_buffers import SocketBuffers
@@ -28,7 +28,10 @@ from edge_teacher.rpc.transport import Handler, Message, deliver, matches
 log = logging.getLogger(__name__)
 
 _RECEIVE_MAXIMUM = 64
+_SENT_UNACKNOWLEDGED = 20  # what mosquitto takes; paho cannot change it once it is connected
 _MOST_CHUNKS_UNACKNOWLEDGED = 10
+_LARGEST_PACKET = UPLOAD_BYTES + 16 * KIB
+"""An upload's piece, or an answer that is not cut yet, and what stands around it."""
 _FLUSH_S = 5.0
 
 
@@ -83,6 +86,8 @@ class PahoTransport:
         self._connected = threading.Event()
         self._answered = threading.Event()
         self._lost = False
+        self._most_unacknowledged = _MOST_CHUNKS_UNACKNOWLEDGED
+        self._refusals: set[str] = set()
         self._grants: dict[int, _Grant] = {}
         self._last_published: MQTTMessageInfo | None = None
         self._lock = threading.Lock()
@@ -98,7 +103,7 @@ class PahoTransport:
         self._client.on_subscribe = self._on_subscribe
         self._client.on_publish = self._on_publish
         self._client.on_socket_open = self._on_socket_open
-        self._client.max_inflight_messages_set(_RECEIVE_MAXIMUM)
+        self._client.max_inflight_messages_set(_SENT_UNACKNOWLEDGED)
         # Not all devices of a fleet in the same moment after the broker is back.
         self._client.reconnect_delay_set(random.uniform(0.2, 0.5), 15)  # type: ignore[arg-type]
         if (context := address.ssl_context()) is not None:
@@ -161,7 +166,7 @@ class PahoTransport:
     @property
     def room(self) -> bool:
         with self._lock:
-            return self._count_unacknowledged() < _MOST_CHUNKS_UNACKNOWLEDGED
+            return self._count_unacknowledged() < self._most_unacknowledged
 
     def on_room(self, action: Callable[[], None]) -> None:
         with self._lock:
@@ -209,12 +214,19 @@ class PahoTransport:
                 f"the broker at {self._address} did not grant {topic_filter!r}: {reason}"
             )
 
-    def _on_connect(self, _c: Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
-        if reason.is_failure:
-            self._refusal = str(reason)
+    def _on_connect(self, _c: Client, _u: Any, _f: Any, reason: ReasonCode, said: Any) -> None:
+        refusal = str(reason) if reason.is_failure else ""
+        most = getattr(said, "MaximumPacketSize", None)
+        if most is not None and most < _LARGEST_PACKET:
+            # Its answer to a larger one is DISCONNECT, and paho would send it again for ever.
+            refusal = f"its packets end at {most} bytes, and {_LARGEST_PACKET} are needed: raise its limit"
+        if refusal:
+            self._refusal = refusal
             self._answered.set()
-            log.warning("the broker at %s refused the connection: %s", self._address, reason)
+            log.warning("no connection to the broker at %s: %s", self._address, refusal)
             return
+        unacknowledged = getattr(said, "ReceiveMaximum", _RECEIVE_MAXIMUM)
+        self._most_unacknowledged = max(1, min(_MOST_CHUNKS_UNACKNOWLEDGED, unacknowledged - 1))
         with self._lock:
             filters = [topic_filter for topic_filter, _ in self._handlers]
         for topic_filter in filters:
@@ -275,7 +287,10 @@ class PahoTransport:
             waiting.popleft()
         return len(waiting)
 
-    def _on_publish(self, _c: Client, _u: Any, _m: int, _r: ReasonCode, _p: Any) -> None:
+    def _on_publish(self, _c: Client, _u: Any, _m: int, reason: ReasonCode, _p: Any) -> None:
+        if reason.is_failure and str(reason) not in self._refusals:
+            self._refusals.add(str(reason))  # said once: access rules refuse every message alike
+            log.warning("the broker at %s refuses messages: %s", self._address, reason)
         if self._buffers is not None:
             self._buffers.moved(CHUNK_BYTES)
         # paho notes this acknowledgement after it has called: the room it makes is seen at the next.

@@ -106,21 +106,27 @@ class FastClient(Client):
             # It writes before it waits again, and need not be woken.
             self._out_packet.append(_out(command, view, mid, qos, info, 0))
             return MQTTErrorCode.MQTT_ERR_SUCCESS
-        if self.may_write_directly and self._writing.acquire(blocking=False):
+        # Of all packets only these: paho's thread has more to do about a DISCONNECT than to write it.
+        direct = self.may_write_directly and command & 0xF0 == _PUBLISH
+        if direct and self._writing.acquire(blocking=False):
             try:
-                # Both of one connection: the next has another socket and another queue, which must
-                # not begin with the rest of a packet of this one.
                 connection, waiting = self._sock, self._out_packet
                 if not waiting and (sent := self._send_now(connection, view)):
                     if sent < len(view):  # the rest comes before anything else
                         waiting.appendleft(_out(command, view, mid, qos, info, sent))
                         self._wake()
-                    elif info is not None and qos == 0 and command & 0xF0 == _PUBLISH:
+                    elif info is not None and qos == 0:
                         info._set_as_published()
                     return MQTTErrorCode.MQTT_ERR_SUCCESS
             finally:
                 self._writing.release()
         return super()._packet_queue(command, view, mid, qos, info)  # type: ignore[arg-type]
+
+    def _send_connect(self, keepalive: int) -> MQTTErrorCode:
+        """A connection begins with CONNECT, and not with the rest of a packet of the one before."""
+        with self._writing:
+            self._out_packet.clear()
+        return super()._send_connect(keepalive)
 
     def _packet_write(self) -> MQTTErrorCode:
         with self._writing:

@@ -213,8 +213,7 @@ class Server:
                 job.withdrawn = True
                 if self._jobs.remove(key) is not None:
                     del self._known[key]
-            if job is None and self._answers.get(key) is None:
-                return
+            # Also of one that is not known: on its own connection, a request may come after its end.
             self._answers.finish(key)
         self._outbox.end(key)
 
@@ -321,7 +320,8 @@ class Server:
         asker = topics.parse(key.respond_to)
         apart = answer.minor >= BULK_SINCE and asker is not None
         topic = topics.data(asker.owner, self._device) if apart and asker else key.respond_to
-        self._publish(self._bulk, topic, key, 206, chunk)
+        transport = self._bulk if self._bulk.connected else self._transport
+        self._publish(transport, topic, key, 206, chunk)
 
     def _publish(
         self,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,9 +30,16 @@ class Devices:
         payload = b"" if body is None else frame.encode(body)
         self.transport.publish(Message(topic=topic, payload=payload, retain=True))
 
-    def state(self, name: str, *, online: bool = True, session: str = "1") -> None:
+    def state(
+        self, name: str, *, online: bool = True, session: str = "1", leaving: bool = False
+    ) -> None:
         state = State(
-            online=online, session=session, software="x", protocol=PROTOCOL, since_unix_s=0
+            online=online,
+            session=session,
+            software="x",
+            protocol=PROTOCOL,
+            since_unix_s=0,
+            leaving=leaving,
         )
         self.publish(topics.state(name), state)
 
@@ -159,25 +167,50 @@ def test_foreign_topics_do_no_harm(
     assert [device.name for device in fleet.wait(1)] == ["a"]
 
 
-@pytest.mark.parametrize(
-    ("online", "session", "why"), [(False, "1", "went offline"), (True, "2", "restarted")]
-)
-def test_what_is_asked_of_one_that_dies_or_restarts_fails_at_once(
-    devices: Devices,
-    transport: MemoryTransport,
-    caller: Caller,
-    online: bool,
-    session: str,
-    why: str,
+def test_what_is_asked_of_one_that_leaves_fails_at_once(
+    devices: Devices, transport: MemoryTransport, caller: Caller
 ) -> None:
     for name in ("a", "b"):
         devices.born(name)
     Fleet(transport, caller).wait(2)
     asked = {name: caller.submit(name, "echo", Empty(), timeout_s=60) for name in ("a", "b")}
-    devices.state("a", online=online, session=session)
-    with pytest.raises(Unreachable, match=f"a {why} while it was asked for echo"):
+    devices.state("a", online=False, leaving=True)
+    with pytest.raises(Unreachable, match="a went offline while it was asked for echo"):
         asked["a"].result(10)
     assert not asked["b"].done()
+
+
+def test_one_that_is_away_for_a_moment_is_asked_again(
+    devices: Devices, transport: MemoryTransport, caller: Caller
+) -> None:
+    """Its connection broke, or it restarted: the broker publishes its will, and it is back."""
+    heard: queue.Queue[Message] = queue.Queue()
+    devices.transport.subscribe(topics.requests("a"), heard.put)
+    devices.born("a")
+    Fleet(transport, caller).wait(1)
+    asked = caller.submit("a", "echo", Empty(), timeout_s=60)
+    first = heard.get(timeout=10)
+    devices.state("a", online=False)
+    settle(devices, transport)
+    meanwhile = caller.submit("a", "echo", Empty(), timeout_s=60)
+    devices.born("a", session="2")
+    again = [heard.get(timeout=10) for _ in range(3)]
+    assert first.correlation in {message.correlation for message in again}
+    assert not asked.done()
+    assert not meanwhile.done()
+
+
+def test_one_that_stays_away_is_given_up(
+    devices: Devices, transport: MemoryTransport, caller: Caller
+) -> None:
+    devices.born("a")
+    Fleet(transport, caller, grace_s=0.1).wait(1)
+    asked = caller.submit("a", "echo", Empty(), timeout_s=60)
+    devices.state("a", online=False)
+    with pytest.raises(Unreachable, match="a went offline while it was asked for echo"):
+        asked.result(10)
+    with pytest.raises(Unreachable, match="a went offline before it was asked"):
+        caller.submit("a", "echo", Empty(), timeout_s=60)
 
 
 def test_one_that_says_again_that_it_is_there_goes_on(
