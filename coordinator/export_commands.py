@@ -72,6 +72,7 @@ def add_export(commands: Subparsers, command: AddCommand) -> None:
         choices=("top1", "mean", "best_path", "max"),
         help="of a dense head to one number per image (default: by the logits' rank)",
     )
+    onnx.add_argument("--class-axis", type=int, help="of the scores (default: by their shape)")
     onnx.add_argument("--publish-logits", action="store_true", help="let coordinators ask for them")
     teacher.add_argument(
         "--photographs", type=Path, help="images to check on, like the ones it will be asked about"
@@ -195,7 +196,7 @@ def _summary(report: Any) -> str:
         parts.append(f"gradient within {error:.1g} of {judge}")
     if report["saliency_error"] is not None:
         parts.append(f"maps within {report['saliency_error']:.1g}")
-    if report["half"]["worst_cosine"] is not None:
+    if report["half"] and report["half"]["worst_cosine"] is not None:
         parts.append(f"half precision agrees to {report['half']['worst_cosine']:.4f}")
     parts.append(f"TensorRT: {report['tensorrt']['detail']}")
     return "; ".join(parts)
@@ -204,6 +205,7 @@ def _summary(report: Any) -> str:
 _ONNX_ONLY = {
     **{name: f"--{name}" for name in ("size", "mean", "std", "scale", "layout", "channels")},
     **{name: f"--{name}" for name in ("name", "tap", "logits", "reduction")},
+    "class_axis": "--class-axis",
     **{"saliency": "--kind", "class_index": "--class", "publish_logits": "--publish-logits"},
 }
 
@@ -248,7 +250,11 @@ def _manifest_of_file(options: argparse.Namespace) -> Manifest:
             taps=taps,
             logits=options.logits or "",
             kind=kind,
-            target=Target(class_index=options.class_index, reduction=options.reduction),
+            target=Target(
+                class_index=options.class_index,
+                reduction=options.reduction,
+                class_axis=options.class_axis,
+            ),
             publish_logits=options.publish_logits,
         )
     except ValueError as error:

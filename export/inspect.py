@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import prod
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 import msgspec
@@ -12,9 +13,10 @@ import onnx
 from onnx import TensorProto
 
 from export.checks.tensorrt import TensorRtVerdict, check_tensorrt, installed_tensorrt
-from export.graph import InputSpec, UnsupportedNetwork, find_logits, infer_layout, prepare
+from export.graph import InputSpec, UnsupportedNetwork, find_logits, prepare
 from export.graph.build import teacher_of
 from export.graph.emit import FLOATS
+from export.graph.layout import layout_of
 from export.graph.network import Network, pixel_dependent, session
 from export.graph.opset import to_opset18
 from export.graph.prepare import image_input
@@ -22,7 +24,7 @@ from export.graph.registry import find, label
 
 DEFAULT_SIZE = 224  # where the file leaves the image size free
 _OTHER_SIZES = ((48, 192), (32, 128), (320, 320), (640, 640))  # text lines, detectors
-_TRIALS = 6  # taps tried, from the logits backwards, until one has a map that is not flat
+_TRIALS = 16  # taps tried, from the logits backwards, until one has a map that is not flat
 
 
 class TensorInfo(msgspec.Struct, frozen=True):
@@ -181,14 +183,6 @@ def candidates(network: Network, logits: str, spec: InputSpec) -> tuple[TapCandi
         for name in node.input:
             if name in between:
                 last_use[name] = i
-    # tokens were once a grid; three-dimensional tensors of a detector only look like tokens
-    grids = {
-        (a.size, b.size)
-        for name in between
-        if network.has(name)
-        for a, b in zip(network.value(name).shape[1:], network.value(name).shape[2:], strict=False)
-        if network.value(name).rank > 3
-    }
     found: list[TapCandidate] = []
     live: set[str] = set()
     sizes: list[tuple[int, int]] = []
@@ -203,10 +197,10 @@ def candidates(network: Network, logits: str, spec: InputSpec) -> tuple[TapCandi
         if len(shape) not in (3, 4) or name == logits:
             continue
         try:
-            layout = infer_layout(shape, name, spec.size)
+            layout = layout_of(network, name, spec.size)
         except UnsupportedNetwork:
             continue
-        if min(layout.size) < 2 or (layout.axes == "NTC" and layout.size not in grids):
+        if min(layout.size) < 2:
             continue
         if not sizes or _another_stage(sizes[-1], layout.size):
             sizes.append(layout.size)
@@ -324,9 +318,9 @@ def _command(path: Path, spec: InputSpec, tap: str | None, taps: tuple[TapCandid
     chosen = tap or (taps[-1].tensor if taps else "TENSOR")
     height, width = spec.size
     parts = [
-        f"fedsa export teacher --onnx {path}",
+        f"fedsa export teacher --onnx {quote(str(path))}",
         f"--size {height}x{width}",
-        f"--tap last={chosen}",
+        f"--tap {quote(f'last={chosen}')}",
     ]
     if spec.layout != "NCHW":
         parts.append(f"--layout {spec.layout}")
@@ -334,7 +328,7 @@ def _command(path: Path, spec: InputSpec, tap: str | None, taps: tuple[TapCandid
         parts.append(f"--channels {spec.channels}")
     if tap is None:
         parts.append("--kind eigencam")
-    return " ".join([*parts, "--signing-key owner.key", f"--out {path.stem}.fedsa"])
+    return " ".join([*parts, "--signing-key owner.key", f"--out {quote(path.stem + '.fedsa')}"])
 
 
 def render(found: Inspection) -> str:

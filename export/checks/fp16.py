@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
+from edge_teacher.contract.errors import CheckFailed
 from export.graph.network import session
 
 AGREEMENT = 0.99
@@ -53,6 +54,10 @@ class HalfReport(msgspec.Struct, frozen=True):
                 f"so a map of that one; the other maps agree (cosine at least {self.worst_cosine:.4f})"
             )
         return None
+
+
+class NoHalfCopy(CheckFailed):
+    """The converter makes no copy of this graph that runs."""
 
 
 def to_half(teacher: onnx.ModelProto) -> onnx.ModelProto:
@@ -134,9 +139,17 @@ def _normalisation(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
 
 
 def check_half(teacher: onnx.ModelProto, images: NDArray[np.uint8]) -> HalfReport:
-    """Compare maps on images uint8[N, H, W, 3]; two flat maps agree, a flat and another do not."""
-    half = to_half(teacher)
-    (maps, choice), (others, other_choice) = (_maps(model, images) for model in (teacher, half))
+    """Compare maps on images uint8[N, H, W, 3]; two flat maps agree, a flat and another do not.
+
+    Raises NoHalfCopy, for one with quantised parts, say.
+    """
+    maps, choice = _maps(teacher, images)
+    try:
+        half = to_half(teacher)
+        others, other_choice = _maps(half, images)
+    except Exception as error:  # the converter and ONNX Runtime raise types of their own
+        reason = " ".join(str(error).split())[:200]
+        raise NoHalfCopy(f"no copy in half precision could be made ({reason})") from error
     same = choice == other_choice
     norms, other_norms = (np.linalg.norm(each, axis=1) for each in (maps, others))
     product = norms * other_norms

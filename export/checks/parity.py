@@ -177,6 +177,16 @@ def _anchored(network: Network, scores: str) -> list[str]:
     return [n for n in dict.fromkeys([*names, scores]) if network.value(n).dtype in FLOATS]
 
 
+def float32_branches(network: Network, scores: str, x: Tensor) -> Anchors:
+    """What float32 computed wherever a branch is chosen on the way to `scores`, for the input `x`."""
+    names = _anchored(network, scores)
+    model = _model(network, Ops("check"), [network.value(name) for name in names])
+    held = session(model).run(
+        None, {network.input_name: _typed(network, x.detach().float().numpy())}
+    )
+    return Anchors({n: torch.from_numpy(v) for n, v in zip(names, held, strict=True)})
+
+
 def _gradient(
     network: Network, scores: str, wrt: str, target: Target, x: Floats, also: list[str]
 ) -> list[Floats]:

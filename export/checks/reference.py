@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.checks.autograd import evaluate
-from export.checks.parity import network_input, scalar
-from export.graph import InputSpec, Kind, MapLayout, Target, infer_layout
+from export.checks.parity import float32_branches, network_input, scalar
+from export.graph import InputSpec, Kind, MapLayout, Target
 from export.graph.network import Network
-from export.graph.shapes import BATCH, fixed
 
 
 class Answers(Protocol):
@@ -74,13 +73,20 @@ class OfNetwork:
 
     def __call__(self, x: Tensor, wrt: str | None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         leaf = self._network.input_name if wrt is None else self._taps[wrt]
-        names = [self._logits, *self._taps.values()]
+        # Eigen-CAM needs no logits, and has none where the file leaves open which they are.
+        names = [name for name in (self._logits, *self._taps.values()) if name]
         values = evaluate(self._network.model, {self._network.input_name: x}, names, leaves=[leaf])
-        return (
-            values[self._logits],
-            {name: values[tensor] for name, tensor in self._taps.items()},
-            values[leaf],
-        )
+        taps = {name: values[tensor] for name, tensor in self._taps.items()}
+        if wrt is None:
+            # All of the network lies between: on the branches that float32 took, as the teacher does.
+            values = evaluate(
+                self._network.model,
+                {self._network.input_name: x},
+                [self._logits],
+                leaves=[leaf],
+                anchors=float32_branches(self._network, self._logits, x),
+            )
+        return values[self._logits or leaf], taps, values[leaf]
 
 
 def expected(
@@ -91,18 +97,15 @@ def expected(
     tap: str,
     kind: Kind,
     target: Target,
-    layout: MapLayout | None,
+    layouts: Mapping[str, MapLayout],
 ) -> dict[str, NDArray[np.float64]]:
     """images uint8[N, H, W, 3] -> {`features.<tap>`: [N, C, h, w], `saliency`: [N, h, w]} in float64.
 
-    Eigen-CAM has no derivative; its map is not among the answers.
+    `layouts`: of every tap.     Eigen-CAM has no derivative; its map is not among the answers.
     """
     x = torch.from_numpy(network_input(spec, images))
     by_tap = kind in ("gradcam", "eigencam")
     logits, values, leaf = answers(x, tap if by_tap else None)
-    layouts = {name: _layout(name, value, spec) for name, value in values.items()}
-    if layout is not None:
-        layouts[tap] = layout
     found = {
         f"features.{name}": as_maps(value.detach(), layouts[name]).numpy()
         for name, value in values.items()
@@ -142,7 +145,3 @@ def scaled(maps: Tensor) -> Tensor:
     """[N, h, w] to [0, 1] per image; a flat map becomes zeros."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return torch.where(high > low, (maps - low) / (high - low).clamp_min(1e-300), 0.0)
-
-
-def _layout(name: str, value: Tensor, spec: InputSpec) -> MapLayout:
-    return infer_layout((BATCH, *fixed(value.shape[1:])), name, spec.size)

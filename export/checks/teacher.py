@@ -13,7 +13,7 @@ from torch import nn
 
 from edge_teacher.contract.errors import CheckFailed
 from export.checks.autograd import UnknownOperator
-from export.checks.fp16 import HalfReport, check_half
+from export.checks.fp16 import HalfReport, NoHalfCopy, check_half
 from export.checks.parity import (
     BatchReport,
     DerivativeReport,
@@ -25,7 +25,9 @@ from export.checks.reference import Answers, OfModule, OfNetwork, expected
 from export.checks.tensorrt import TensorRtVerdict, check_tensorrt, installed_tensorrt
 from export.graph import InputSpec, prepare
 from export.graph.build import network_and_logits
+from export.graph.layout import layout_of
 from export.graph.network import session
+from export.graph.target import settle
 from export.inspect import count_parameters
 from export.manifest import Manifest
 
@@ -49,7 +51,7 @@ class TeacherReport(msgspec.Struct, frozen=True, kw_only=True):
     """Of the features against float64; None where the judge lacks an operator."""
     saliency_error: float | None
     batches: BatchReport
-    half: HalfReport
+    half: HalfReport | None
     tensorrt: TensorRtVerdict
     warnings: tuple[str, ...]
     """What passes and should be known: half precision that does not agree, checks that could not be made."""
@@ -97,9 +99,8 @@ def check_teacher(
             f"{batches.flat_maps} of {len(images)} images have a flat saliency map, which says nothing; "
             "an earlier tap may serve better"
         )
-    half = check_half(graph, images)
-    if half.warning:
-        warnings.append(half.warning)
+    half, trouble = _half(graph, images)
+    warnings += trouble
     if not photographs:
         warnings.append(
             "all was checked on generated images; name photographs like the ones it will be asked about"
@@ -125,6 +126,15 @@ def check_teacher(
     )
 
 
+def _half(graph: onnx.ModelProto, images: NDArray[np.uint8]) -> tuple[HalfReport | None, list[str]]:
+    """(the report, or None where there can be no such copy; what the owner should know)."""
+    try:
+        report = check_half(graph, images)
+    except NoHalfCopy as error:
+        return None, [str(error)]
+    return report, [report.warning] if report.warning else []
+
+
 def _errors(
     graph: onnx.ModelProto,
     network: onnx.ModelProto,
@@ -135,14 +145,24 @@ def _errors(
     module: nn.Module | None,
 ) -> dict[str, float]:
     """{output: error against float64}; empty where the judge lacks an operator. Raises CheckFailed."""
-    answers: Answers
-    if module is not None:
-        answers = OfModule(module, manifest.taps)
-    else:
-        measured, scores = network_and_logits(
-            network, manifest.input, list(tensors.values()), logits
-        )
-        answers = OfNetwork(measured, scores, tensors)
+    measured, scores = network_and_logits(
+        network,
+        manifest.input,
+        list(tensors.values()),
+        logits,
+        needed=manifest.kind != "eigencam",
+    )
+    layouts = {
+        name: layout_of(measured, tensor, manifest.input.size)
+        for name, tensor in tensors.items()
+        if name != manifest.saliency_at or manifest.layout is None
+    }
+    if manifest.layout is not None:
+        layouts[manifest.saliency_at] = manifest.layout
+    target = settle(measured, scores, manifest.target) if scores else manifest.target
+    answers: Answers = (
+        OfNetwork(measured, scores, tensors) if module is None else OfModule(module, manifest.taps)
+    )
     try:
         wanted = expected(
             answers,
@@ -150,8 +170,8 @@ def _errors(
             manifest.input,
             tap=manifest.saliency_at,
             kind=manifest.kind,
-            target=manifest.target,
-            layout=manifest.layout,
+            target=target,
+            layouts=layouts,
         )
     except UnknownOperator:
         return {}

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 from export.graph.emit import Ops, Value
 from export.graph.errors import UnsupportedNetwork, UnsupportedOperator
 from export.graph.gradient import gradients
+from export.graph.layout import layout_of
 from export.graph.network import Network, prune
 from export.graph.opset import IR_VERSION, TARGET
 from export.graph.prepare import prepare
@@ -19,10 +20,8 @@ from export.graph.saliency import (
     eigen_cam,
     feature_map,
     grad_cam,
-    infer_layout,
     of_input,
 )
-from export.graph.shapes import Shape
 from export.graph.target import Target, find_logits, seed
 from export.graph.wrap import InputSpec, images_info, preprocess
 
@@ -94,7 +93,7 @@ def teacher_of(
     for name, tensor in taps.items():
         value = network.value(tensor)
         given = layout if tensor == tapped else None
-        where = given or infer_layout(value.shape, tensor, spec.size)
+        where = given or layout_of(network, tensor, spec.size)
         published[f"features.{name}"] = feature_map(ops, value, where)
     published["saliency"] = saliency
     if publish_logits and scores:
@@ -146,7 +145,7 @@ def _saliency(
 ) -> Value:
     x = network.value(tapped)
     if kind in ("gradcam", "eigencam"):
-        layout = layout or infer_layout(x.shape, tapped, spec.size)
+        layout = layout or layout_of(network, tapped, spec.size)
     if kind == "eigencam" and layout:
         return eigen_cam(ops, x, layout)
     if tapped not in network.ancestors([scores]):
@@ -172,7 +171,7 @@ def nearest_tap(network: Network, scores: str, image: tuple[int, int], after: st
         for name in node.output:
             if name not in before_scores or name == scores or name not in network.values:
                 continue
-            if not _is_map(network.value(name).shape, image):
+            if not _is_map(network, name, image):
                 continue
             trial = Ops("trial")
             try:
@@ -183,11 +182,11 @@ def nearest_tap(network: Network, scores: str, image: tuple[int, int], after: st
     return None
 
 
-def _is_map(shape: Shape, image: tuple[int, int]) -> bool:
-    if len(shape) not in (3, 4):
+def _is_map(network: Network, name: str, image: tuple[int, int]) -> bool:
+    if network.value(name).rank not in (3, 4):
         return False
     try:
-        layout = infer_layout(shape, "", image)
+        layout = layout_of(network, name, image)
     except UnsupportedNetwork:
         return False
     return min(layout.size) > 1

@@ -36,6 +36,9 @@ def prepare(model: onnx.ModelProto, spec: InputSpec, keep: Iterable[str] | None 
                 f"the network has no tensor {name!r}; "
                 "`fedsa export inspect` lists the tensors that can be tapped"
             )
+    if image.type.tensor_type.elem_type == TensorProto.UINT8:
+        # Resized pixels have fractions, which a cast would cut off: the network's own cast keeps them.
+        image.type.tensor_type.elem_type = TensorProto.FLOAT
     batch = _set_input_shape(image, spec)
     _drop_annotations(native)
     del graph.output[:]

@@ -53,6 +53,11 @@ def find_logits(network: Network, outputs: list[str]) -> str:
     for name in ends or _suppressed(network):
         if network.has(name) and _has_classes(network.value(name)) and name not in candidates:
             candidates.append(name)
+    if not candidates and len(outputs) == 1:
+        # A binary head: its one score is explained, whichever way it goes.
+        only = _before_softmax(network, outputs[0])
+        if network.has(only) and network.value(only).shape == (BATCH, ONE):
+            return only
     flat = [name for name in candidates if network.value(name).rank == 2]
     chosen = flat if len(flat) == 1 else candidates
     if len(chosen) != 1:
@@ -138,6 +143,11 @@ def settle(network: Network, logits: str, target: Target) -> Target:
             if axis > 0:
                 return msgspec.structs.replace(target, class_axis=axis)
         if node.op_type == "Sigmoid" and network.value(logits).rank == 3:
+            if target.class_index is not None and target.class_axis is None:
+                raise UnsupportedNetwork(
+                    f"the scores {logits!r} have shape {describe(network.value(logits).shape)}, and nothing "
+                    "says which axis holds the classes: say so with `class_axis` (--class-axis)"
+                )
             reduction = target.reduction or "max"
             return msgspec.structs.replace(target, reduction=reduction)
     return target
@@ -189,7 +199,7 @@ def resolve(sizes: tuple[int, ...], target: Target) -> Form:
     long_axes = [axis for axis in range(1, len(sizes)) if sizes[axis] != 1]
     axis = target.class_axis
     if axis is None:
-        axis = long_axes[0] if len(long_axes) == 1 else (len(sizes) - 1 if len(sizes) == 3 else 1)
+        axis = _class_axis(sizes, long_axes)
     axis %= len(sizes)
     positions = tuple(other for other in long_axes if other != axis)
     reduction = target.reduction
@@ -205,6 +215,14 @@ def resolve(sizes: tuple[int, ...], target: Target) -> Form:
             f"class {target.class_index} was asked for, and the logits have classes 0 to {sizes[axis] - 1}"
         )
     return Form(target.class_index, reduction, axis, positions)
+
+
+def _class_axis(sizes: tuple[int, ...], long_axes: list[int]) -> int:
+    """[N, T, K] has its classes last; so has [N, h, w, K] with square maps; else [N, K, h, w] is meant."""
+    if len(long_axes) == 1:
+        return long_axes[0]
+    channels_last = len(sizes) == 4 and sizes[1] == sizes[2] != sizes[3]
+    return len(sizes) - 1 if len(sizes) == 3 or channels_last else 1
 
 
 def seed(network: Network, ops: Ops, logits: str, target: Target) -> Value:

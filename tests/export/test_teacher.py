@@ -16,7 +16,7 @@ from edge_teacher.keys import private_key_at
 from edge_teacher.runtime import OnnxRuntimeSession
 from export.checks.reference import OfModule, expected
 from export.checks.teacher import TOLERANCE, TeacherReport, check_teacher
-from export.graph import InputSpec
+from export.graph import InputSpec, MapLayout
 from export.manifest import Manifest, read_manifest
 from export.teacher import generated_images, load_module, load_source, source_of, teacher_graph
 from tests.examples import export_at, write_manifest
@@ -31,7 +31,7 @@ def judged(manifest: Manifest, module: nn.Module, images: np.ndarray) -> dict[st
         tap=manifest.saliency_at,
         kind=manifest.kind,
         target=manifest.target,
-        layout=None,
+        layouts={"last": MapLayout("NCHW", (6, 6))},
     )
 
 
