@@ -28,6 +28,7 @@ from export.graph.shapes import BATCH, ONE, Dim, describe
 Reduction = Literal["top1", "mean", "best_path", "max"]
 _MOVES = {"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast"}
 _SQUASHES = {"Softmax", "Sigmoid"}
+_ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Pow", "Exp"}
 _KEEPS_ORDER = {"Softmax", "LogSoftmax", "Sigmoid", "Identity", "Cast", "ArgMax"}
 
 
@@ -89,6 +90,14 @@ def _scores_beside_boxes(network: Network, name: str) -> str | None:
     squashed = [
         _before_softmax(network, part) for part in parts if _made_by(network, part) in _SQUASHES
     ]
+    if not squashed:
+        makers = {_made_by(network, _uncut(network, part)) for part in parts}
+        if makers & _SQUASHES and makers & _ARITHMETIC:
+            # Cut from one squashed tensor and joined again: coordinates would compete with the scores.
+            raise UnsupportedNetwork(
+                f"output {name!r} joins boxes and scores; name the class scores, as they are before that, "
+                "with `logits`"
+            )
     if not squashed or len(squashed) == len(parts):
         return None
     if len(squashed) > 1:
@@ -103,6 +112,17 @@ def _scores_beside_boxes(network: Network, name: str) -> str | None:
 def _made_by(network: Network, name: str) -> str:
     node = network.producer.get(name)
     return node.op_type if node is not None else ""
+
+
+def _uncut(network: Network, name: str) -> str:
+    """What a part was cut from."""
+    while (node := network.producer.get(name)) is not None and node.op_type in {
+        "Slice",
+        "Split",
+        *_MOVES,
+    }:
+        name = node.input[0]
+    return name
 
 
 def _joined(network: Network, name: str) -> list[str]:

@@ -141,3 +141,18 @@ def test_the_suggested_command_can_be_pasted(tmp_path) -> None:  # type: ignore[
 
 def test_errors_of_the_compiler_are_the_user_s() -> None:
     assert issubclass(UnsupportedNetwork, UsageError)
+
+
+def test_boxes_and_scores_cut_from_one_squash_are_not_taken_for_classes() -> None:
+    """YOLOv5's export: [N, boxes, 4 + K], the boxes computed from the same sigmoid as the scores."""
+    body = """
+        c = Conv(x, w) f = Reshape(c, s) t = Transpose<perm=[0, 2, 1]>(f) q = Sigmoid(t)
+        b = Slice(q, zero, four, last) k = Slice(q, four, nine, last) two = Mul(b, b)
+        y = Concat<axis=2>(two, k)
+    """
+    ints = {"s": [0, 9, 16], "zero": [0], "four": [4], "nine": [9], "last": [2]}
+    weights = {name: np.asarray(value, np.int64) for name, value in ints.items()}
+    model = model_of(body, (3, 4, 4), {"w": random(9, 3, 1, 1), **weights})
+    network = prepare(model, InputSpec(size=(4, 4)))
+    with pytest.raises(UnsupportedNetwork, match="joins boxes and scores"):
+        find_logits(network, ["y"])
