@@ -61,13 +61,20 @@ class AnswerCache:
             return key in self._gone
 
     def put(self, key: Key, answer: Answered, *, wait_until: float) -> bool:
-        """Remember `answer`. While others on their way take the memory, wait for it; False if in vain."""
+        """Remember `answer`. While others on their way take the memory, wait for it; False if in vain.
+
+        One that fits a message is sent at once, and waits for nobody.
+        """
         size = answer.payload.nbytes
         with self._changed:
             while True:
                 self._expire()
                 taken = self._bytes_on_their_way()
-                if not taken or taken + size <= self._limits.max_outgoing_bytes:
+                if (
+                    not answer.on_its_way_until
+                    or not taken
+                    or taken + size <= self._limits.max_outgoing_bytes
+                ):
                     break
                 left = wait_until - time.monotonic()
                 if left <= 0:

@@ -285,7 +285,9 @@ class Server:
         if payload.nbytes <= CHUNK_ABOVE_BYTES:
             joined = payload.join()
             return Answered(frame.Encoded((joined,), len(joined)), minor=job.minor)
-        until = job.deadline or time.monotonic() + self._limits.answer_cache_s
+        # A deadline is the asker's word: nobody pins memory for longer than any answer is remembered.
+        latest = time.monotonic() + self._limits.answer_cache_s
+        until = latest if job.deadline is None else min(job.deadline, latest)
         return Answered(payload, payload.sha256(), job.minor, until)
 
     def _refuse(self, key: Key, error: RpcError) -> None:

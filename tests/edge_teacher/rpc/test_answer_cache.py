@@ -87,6 +87,12 @@ def test_an_answer_waits_for_the_memory_of_others(clock: Clock) -> None:
     assert not cache.put(key("c"), answer(80, until=NOW + 300), wait_until=NOW)
 
 
+def test_a_small_answer_waits_for_nobody(clock: Clock) -> None:
+    cache = AnswerCache(Limits(max_outgoing_bytes=100))
+    assert cache.put(key("large"), answer(100, until=NOW + 300), wait_until=NOW)
+    assert cache.put(key("small"), answer(10), wait_until=NOW)
+
+
 def test_a_single_answer_larger_than_the_memory_of_all_is_still_sent(clock: Clock) -> None:
     cache = AnswerCache(Limits(max_outgoing_bytes=100))
     assert cache.put(key("a"), answer(500, until=NOW + 1), wait_until=NOW)
