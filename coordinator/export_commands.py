@@ -150,17 +150,23 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _look(path: Path, options: argparse.Namespace) -> Inspection:
-    from export.inspect import guess_spec, inspect, load
+    from export.inspect import inspect
 
-    guessed = guess_spec(load(path))
-    return inspect(path, _input_spec(options, guessed))
+    # Told nothing, `inspect` finds out more than a guess: where the size is free, the first that runs.
+    return inspect(path, _spec_of_file(path, options) if _given(options) else None)
 
 
-def _input_spec(options: argparse.Namespace, guessed: InputSpec) -> InputSpec:
-    """What was given over what the file says."""
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """What was said about the file's input."""
     names = ("size", "mean", "std", "scale", "layout", "channels")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return msgspec.structs.replace(guessed, **given)
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def _spec_of_file(path: Path, options: argparse.Namespace) -> InputSpec:
+    """What was given over what the file says."""
+    from export.inspect import guess_spec, load
+
+    return msgspec.structs.replace(guess_spec(load(path)), **_given(options))
 
 
 def _teacher(options: argparse.Namespace) -> int:
@@ -246,7 +252,7 @@ def _manifest_of_file(options: argparse.Namespace) -> Manifest:
         return Manifest(
             name=options.name or options.onnx.stem,
             onnx=options.onnx.name,
-            input=found.assumed if found else _spec_of_file(options),
+            input=found.assumed if found else _spec_of_file(options.onnx, options),
             taps=taps,
             logits=options.logits or "",
             kind=kind,
@@ -259,12 +265,6 @@ def _manifest_of_file(options: argparse.Namespace) -> Manifest:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def _spec_of_file(options: argparse.Namespace) -> InputSpec:
-    from export.inspect import guess_spec, load
-
-    return _input_spec(options, guess_spec(load(options.onnx)))
 
 
 def _tap(text: str) -> tuple[str, str]:

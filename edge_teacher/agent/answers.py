@@ -60,6 +60,8 @@ class Answers:
         students: Students,
         card: Callable[[], Card],
         card_changed: Callable[[], None],
+        *,
+        max_answer_bytes: int,
     ) -> None:
         self._teacher = teacher
         self._session = session
@@ -67,6 +69,7 @@ class Answers:
         self._students = students
         self._card = card
         self._card_changed = card_changed
+        self._max_answer_bytes = max_answer_bytes
 
     def methods(self) -> dict[str, Method[Any]]:
         return {
@@ -121,11 +124,10 @@ class Answers:
     def _require_small(self, values: int, dtype: Dtype) -> None:
         """Known before anything is computed: maps of many images may be larger than the memory."""
         size = values * _BYTES[dtype]
-        most = self._card().limits.max_answer_bytes
-        if size > most:
+        if size > self._max_answer_bytes:
             raise TooLarge(
-                f"the answer would have {size} bytes, and the limit is {most}; ask about fewer images "
-                "at once"
+                f"the answer would have {size} bytes, and the limit is {self._max_answer_bytes}; ask "
+                "about fewer images at once"
             )
 
     def predict(self, query: PredictQuery, _tensors: Tensors) -> Answer:

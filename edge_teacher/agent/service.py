@@ -115,6 +115,7 @@ class Agent:
             self._students,
             self.card,
             self._announce_card,
+            max_answer_bytes=self.config.limits.max_answer_bytes,
         )
         self._transport = transport
         self._bulk = bulk

@@ -85,7 +85,12 @@ def evaluate(
                 f"the float64 check cannot run operator {node.op_type} at node {node.name!r}"
             )
         inputs: list[Any] = [values[name] if name else None for name in node.input]
-        made = OPERATORS[node.op_type](_attributes(node, precision), inputs)
+        try:
+            made = OPERATORS[node.op_type](_attributes(node, precision), inputs)
+        except NotImplementedError as error:
+            raise UnknownOperator(
+                f"the float64 check cannot run operator {node.op_type} at node {node.name!r}: {error}"
+            ) from error
         outputs = made if isinstance(made, tuple) else (made,)
         for name, value in zip(node.output, outputs, strict=False):
             values[name] = anchors.hold(name, value) if anchors else value

@@ -66,6 +66,13 @@ def test_an_operator_the_judge_lacks_falls_back_to_differences(
     assert report.passed
 
 
+def test_a_form_of_an_operator_the_judge_lacks_is_named() -> None:
+    body = 'y = ScatterND<reduction="add">(x, i, u)'
+    weights = {"i": np.asarray([[0]], np.int64), "u": random(1, 3, 8, 8)}
+    with pytest.raises(UnknownOperator, match=r"ScatterND .* with a reduction"):
+        evaluate(model_of(body, (3, 8, 8), weights), {"x": torch.zeros(1, 3, 8, 8)}, ["y"])
+
+
 def test_differences_notice_a_wrong_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule that is twice too large fails under both judges."""
     from export.checks import torch_operators
