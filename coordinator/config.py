@@ -68,9 +68,9 @@ class SelectionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which teachers take part, by where they and the student look."""
 
     strategy: Annotated[
-        Literal["top-k", "sampled", "random", "all"],
-        Meta(description="top-k, sampled (with replacement), random, or all"),
-    ] = "top-k"
+        Literal["evidence", "cosine", "sampled", "random", "all", "oracle"],
+        Meta(description="evidence (of the labels), cosine or sampled (the paper's), random, all, oracle"),
+    ] = "evidence"
     k: Annotated[int, Meta(ge=1, description="how many teachers are chosen")] = 3
     every_rounds: Annotated[int, Meta(ge=1, description="select again after so many rounds")] = 7
 
