@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from coordinator.encodings import Came, Encoding, EncodingLedger, choose
 from coordinator.uploads import upload
-from edge_teacher.contract import quantised
+from edge_teacher.contract import frame, quantised
 from edge_teacher.contract.errors import Malformed, NotFound
 from edge_teacher.contract.frame import Payload
 from edge_teacher.contract.images import Images, blocks, check_images, image_block_id
@@ -25,6 +25,8 @@ OUTSTANDING = 2
 
 Query = Callable[[str], msgspec.Struct]
 """Block id -> the query about it."""
+
+Tensors = Mapping[str, frame.Array]
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,17 @@ class Questions:
 
     def ask(
         self,
-        divided: Iterable[Images],
+        divided: Sequence[Images],
         method: str,
         query: Query,
         tensor: str,
         *,
+        along: Sequence[Tensors] | None = None,
         adaptive: bool = False,
     ) -> Iterator[tuple[Answered, NDArray[np.float32]]]:
         """The answer to each of the blocks, in order. Raises what the device answered.
+
+        `along`: for each of the blocks the tensors that its query needs; none by default.
 
         `adaptive`: the query's `dtype` is chosen by the speed of the link instead of by the query.
         Packing loses nothing, and is chosen in any case.
@@ -80,35 +85,35 @@ class Questions:
         speed = self._caller.traffic.speed(self.device)
         encoding = choose(self._card, speed)
         asked = _Asked(method, query, tensor, encoding, adaptive, speed)
-        outstanding: dict[int, Images] = {}
 
         def bodies() -> Iterator[msgspec.Struct]:
-            for number, block in enumerate(divided):
-                outstanding[number] = block
+            for block in divided:
                 yield self._body(block, asked)
 
         arriving = self._caller.answers(
             self.device,
             method,
             bodies(),
+            along,
             outstanding=OUTSTANDING,
             timeout_s=self._timeout_s,
             packed=encoding.packed,
         )
         with closing(arriving):  # an error, or nobody who wants the rest: the device is told
-            yield from self._in_order(arriving, outstanding, asked)
+            yield from self._in_order(arriving, divided, along, asked)
 
     def _in_order(
         self,
         arriving: Iterator[tuple[int, Future[Payload]]],
-        outstanding: dict[int, Images],
+        divided: Sequence[Images],
+        along: Sequence[Tensors] | None,
         asked: _Asked,
     ) -> Iterator[tuple[Answered, NDArray[np.float32]]]:
         # One that comes early waits for those before it; at most as many as are outstanding.
         early: dict[int, tuple[Answered, NDArray[np.float32]]] = {}
         due = 0
         for number, future in arriving:
-            block = outstanding.pop(number)
+            block = divided[number]
             try:
                 payload = future.result()
             except NotFound:
@@ -119,6 +124,7 @@ class Questions:
                     self.device,
                     asked.method,
                     body,
+                    None if along is None else along[number],
                     timeout_s=self._timeout_s,
                     packed=asked.encoding.packed,
                 ).result()
@@ -127,9 +133,10 @@ class Questions:
                 yield early.pop(due)
                 due += 1
 
-    def divide(self, images: Images) -> Iterator[Images]:
-        """`images` as the blocks this device takes."""
-        return blocks(check_images(images), self._limits.max_images_per_block)
+    def divide(self, images: Images, most_images: int | None = None) -> list[Images]:
+        """`images` as the blocks this device takes, of at most `most_images` each."""
+        most = self._limits.max_images_per_block
+        return list(blocks(check_images(images), min(most, most_images or most)))
 
     def _body(self, block: Images, asked: _Asked) -> msgspec.Struct:
         block_id = image_block_id(block)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from coordinator.teachers import AnswerCache, RemoteTeacher
+from edge_teacher.agent.pooling import attention_pool
+from edge_teacher.contract.errors import UsageError
 from edge_teacher.contract.images import image_block_id
 from edge_teacher.contract.limits import Limits
 from edge_teacher.contract.messages import Answered, FeaturesQuery
@@ -43,6 +45,75 @@ def test_the_device_makes_the_mirror_images_itself(tmp_path: Path) -> None:
         assert not np.allclose(expected, FEATURES, atol=1e-2)
         teacher.pooled(IMAGES)
         assert here.caller.wire["d1"]["put_images"].sent == sent
+
+
+def attention_maps(size: int = 4, seed: int = 3) -> np.ndarray:
+    return np.random.default_rng(seed).random((len(IMAGES), size, size), np.float32)
+
+
+def test_features_are_pooled_under_the_attention_that_goes_along(tmp_path: Path) -> None:
+    maps = attention_maps()
+    maps[2] = 0
+    shares = maps / np.maximum(maps.sum((1, 2), keepdims=True), 1e-12)
+    expected = (FEATURES * shares[:, None]).sum((2, 3))
+    expected[2] = FEATURES[2].mean((1, 2))
+    with world(tmp_path, limits=Limits(max_images_per_block=4)) as here:
+        teacher = RemoteTeacher(here.caller, here.add("d1"), AnswerCache(tmp_path / "cache"))
+        for scale in (1.0, 1e-9, 1e30):  # only the shape of a map counts
+            found = teacher.attended(IMAGES, maps * np.float32(scale))
+            assert np.allclose(found, expected, atol=2e-3)
+        assert np.allclose(teacher.attended(IMAGES, maps, tap="last"), expected, atol=2e-3)
+        assert here.asked().count("features") == 3
+        # Other attention is another question.
+        other = teacher.attended(IMAGES, attention_maps(seed=4))
+        assert not np.allclose(other, expected, atol=1e-2)
+
+
+def test_attention_larger_than_a_message_is_sent_in_parts(tmp_path: Path) -> None:
+    maps = attention_maps(400)
+    with world(tmp_path) as here:
+        teacher = RemoteTeacher(here.caller, here.add("d1"), AnswerCache(tmp_path / "cache"))
+        found = teacher.attended(IMAGES, maps)
+        assert np.allclose(found, attention_pool(FEATURES, maps), atol=2e-3)
+        assert here.asked().count("features") == 4
+
+
+def test_attention_comes_along_again_when_the_device_has_forgotten_the_images(
+    tmp_path: Path,
+) -> None:
+    limits = Limits(max_images_per_block=5, image_store_bytes=IMAGES.nbytes // 2)
+    maps = attention_maps()
+    with world(tmp_path, limits=limits) as here:
+        teacher = RemoteTeacher(here.caller, here.add("d1"), AnswerCache(tmp_path / "cache"))
+        teacher.saliency(IMAGES)
+        found = teacher.attended(IMAGES, maps)
+        assert np.allclose(found, attention_pool(FEATURES, maps), atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (np.ones((9, 4, 4), np.float32), r"\[9, 4, 4\], and must be \[10, s, s\]"),
+        (-np.ones((10, 4, 4), np.float32), "negative"),
+        (np.full((10, 4, 4), np.nan, np.float32), "non-finite"),
+        (np.ones((10, 800, 800), np.float32), "800 × 800 does not fit"),
+    ],
+)
+def test_what_is_no_attention(tmp_path: Path, wrong: np.ndarray, words: str) -> None:
+    with world(tmp_path) as here:
+        teacher = RemoteTeacher(here.caller, here.add("d1"), AnswerCache(tmp_path / "cache"))
+        with pytest.raises(UsageError, match=words):
+            teacher.attended(IMAGES, wrong)
+        assert here.asked() == []
+
+
+def test_a_tap_is_asked_for_by_its_name(tmp_path: Path) -> None:
+    with world(tmp_path) as here:
+        teacher = RemoteTeacher(here.caller, here.add("d1"), AnswerCache(tmp_path / "cache"))
+        assert np.array_equal(teacher.pooled(IMAGES, tap="last"), teacher.pooled(IMAGES))
+        assert here.asked().count("features") == 1
+        with pytest.raises(UsageError, match="d1 has no tap 'first': take one of last"):
+            teacher.pooled(IMAGES, tap="first")
 
 
 def test_nothing_is_asked_twice_and_the_answers_do_not_change(tmp_path: Path) -> None:
