@@ -16,6 +16,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
+from coordinator.answers import AnswerCache
 from coordinator.config import Config
 from coordinator.connection import Connection
 from coordinator.data import LabelledImages, TaskData
@@ -38,7 +39,7 @@ from coordinator.report import (
 )
 from coordinator.rollout import predict, roll_out
 from coordinator.selection import Evidence, Selection, common_size, similarities
-from coordinator.teachers import AnswerCache, RemoteTeacher
+from coordinator.teachers import RemoteTeacher
 from coordinator.training import TrainingResult, train
 from edge_teacher.contract.errors import CheckFailed
 from edge_teacher.files import write_atomically

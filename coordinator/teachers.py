@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-from pathlib import Path
 from typing import Protocol
-from zipfile import BadZipFile
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.answers import AnswerCache, Question, image_keys
 from coordinator.encodings import EncodingLedger
-from coordinator.questions import Query, Questions
-from edge_teacher.contract.errors import UsageError
-from edge_teacher.contract.images import image_block_id
+from coordinator.questions import PATIENCE_S, Query, Questions, Tensors
+from edge_teacher.contract.errors import Malformed, UsageError
+from edge_teacher.contract.images import check_images
 from edge_teacher.contract.limits import UPLOAD_BYTES
-from edge_teacher.contract.messages import Card, FeatureForm, FeaturesQuery, SaliencyQuery
-from edge_teacher.files import write_atomically
+from edge_teacher.contract.messages import Card, Dtype, FeatureForm, FeaturesQuery, SaliencyQuery
 from edge_teacher.rpc.invoke import Caller
 
 
@@ -69,33 +65,6 @@ class Teacher(Protocol):
         ...
 
 
-class AnswerCache:
-    """Answers on disk, one file per (bundle, question, block): a resumed run asks nothing twice."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def get(self, key: str, images: int) -> NDArray[np.float16] | None:
-        """None for what is not there; a file that is no answer about so many images is dropped."""
-        path = self._folder / f"{key}.npy"
-        try:
-            found = np.load(path, allow_pickle=False)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, EOFError, BadZipFile):
-            found = None
-        answer = isinstance(found, np.ndarray) and found.dtype == np.float16
-        if not answer or found.shape[:1] != (images,):
-            path.unlink(missing_ok=True)
-            return None
-        return np.asarray(found, np.float16)
-
-    def put(self, key: str, answer: NDArray[np.float16]) -> None:
-        file = io.BytesIO()
-        np.save(file, answer, allow_pickle=False)
-        write_atomically(self._folder / f"{key}.npy", file.getvalue())
-
-
 class RemoteTeacher:
     """A teacher behind MQTT. Its answers are remembered; it is asked only for what is not."""
 
@@ -105,10 +74,13 @@ class RemoteTeacher:
         card: Card,
         cache: AnswerCache,
         ledger: EncodingLedger | None = None,
+        *,
+        patience_s: float = PATIENCE_S,
     ) -> None:
+        """`patience_s`: how long one answer may take before Unreachable is raised."""
         self._card = card
         self._cache = cache
-        self._questions = Questions(caller, card, ledger=ledger)
+        self._questions = Questions(caller, card, timeout_s=patience_s, ledger=ledger)
 
     @property
     def name(self) -> str:
@@ -168,43 +140,90 @@ class RemoteTeacher:
         tensor: str,
         attention: NDArray[np.float16] | None = None,
     ) -> NDArray[np.float32]:
-        most = None
-        if attention is not None:  # it goes with the question in one message
-            most = max(1, UPLOAD_BYTES // attention[0].nbytes)
-        divided = self._questions.divide(images, most)
-        along: list[dict[str, NDArray[np.float16]]] | None = None
-        keys = [self._key(method, query(image_block_id(block))) for block in divided]
-        if attention is not None:
-            ends = np.cumsum([len(block) for block in divided])[:-1]
-            along = [{"attention": piece} for piece in np.split(attention, ends)]
-            keys = [
-                hashlib.sha256(key.encode() + maps["attention"].tobytes()).hexdigest()
-                for key, maps in zip(keys, along, strict=True)
-            ]
-        answers = {
-            i: found
-            for i, key in enumerate(keys)
-            if (found := self._cache.get(key, len(divided[i]))) is not None
-        }
-        unknown = [i for i in range(len(divided)) if i not in answers]
-        # An answer is remembered by its question, however it travelled: it is the same within 0.5 %.
-        asked = self._questions.ask(
-            [divided[i] for i in unknown],
-            method,
-            query,
-            tensor,
-            along=None if along is None else [along[i] for i in unknown],
-            adaptive=True,
+        images = check_images(images)
+        keys = image_keys(images, attention)
+        question = Question(
+            bundle=self._card.bundle,
+            method=method,
+            query=msgspec.json.encode(query("")).decode(),
+            image_size=images.shape[1:3],
         )
-        for i, (_, answer) in zip(unknown, asked, strict=True):
-            answers[i] = answer.astype(np.float16)
-            if np.isfinite(answers[i]).all():  # a bad answer is not for ever
-                self._cache.put(keys[i], answers[i])
-        return np.concatenate([answers[i] for i in range(len(divided))]).astype(np.float32)
+        coarse = msgspec.structs.replace(question, encoding="u8")
+        dtype = self._dtype(coarse)
+        gathered = _Gathered(self.name, method, len(images))
+        # What is exact may stand for what may be coarse, and never the other way round.
+        for served in (question, coarse) if dtype == "u8" else (question,):
+            unknown = gathered.unknown
+            known = self._cache.known(served, self.name, keys[unknown])
+            if known is not None:
+                gathered.put(unknown[known.rows], known.answers)
+        unknown = gathered.unknown
+        if not len(unknown):
+            return gathered.answers()
+        asked = question if dtype != "u8" else coarse
+        if len(unknown) < len(images):
+            images, attention = images[unknown], None if attention is None else attention[unknown]
+        divided, along = self._divide(images, attention)
+        start = 0
+        for _, answer in self._questions.ask(
+            divided, method, query, tensor, along=along, dtype=dtype
+        ):
+            rows = unknown[start : start + len(answer)]
+            start += len(answer)
+            half = answer.astype(np.float16)
+            gathered.put(rows, half)
+            if np.isfinite(half).all():  # a bad answer is not for ever
+                self._cache.remember(asked, self.name, keys[rows], half)
+        return gathered.answers()
 
-    def _key(self, method: str, query: msgspec.Struct) -> str:
-        words = [self._card.bundle, method, msgspec.json.encode(query).decode()]
-        return hashlib.sha256("\n".join(words).encode()).hexdigest()
+    def _dtype(self, coarse: Question) -> Dtype:
+        """By the speed of the link, and before that is known as it was the last time."""
+        dtype = self._questions.dtype()
+        if dtype is not None:
+            return dtype
+        again = "u8" in self._card.encodings and self._cache.asked_before(coarse)
+        return "u8" if again else "f16"
+
+    def _divide(
+        self, images: NDArray[np.uint8], attention: NDArray[np.float16] | None
+    ) -> tuple[list[NDArray[np.uint8]], list[Tensors] | None]:
+        """The blocks, and what goes with each: in one message, so it must fit into one."""
+        if attention is None:
+            return self._questions.divide(images), None
+        divided = self._questions.divide(images, max(1, UPLOAD_BYTES // attention[0].nbytes))
+        ends = np.cumsum([len(block) for block in divided])[:-1]
+        return divided, [{"attention": piece} for piece in np.split(attention, ends)]
+
+
+class _Gathered:
+    """Answers about `images` images, from wherever they come, in the order of the images."""
+
+    def __init__(self, teacher: str, method: str, images: int) -> None:
+        self._who = f"{teacher} answered {method}"
+        self._there = np.zeros(images, bool)
+        self._answers: NDArray[np.float32] | None = None
+
+    @property
+    def unknown(self) -> NDArray[np.int64]:
+        """Of which there is no answer yet."""
+        return np.flatnonzero(~self._there)
+
+    def put(self, rows: NDArray[np.int64], answers: NDArray[np.float16]) -> None:
+        """Raises Malformed if they do not have the shape of those before."""
+        if self._answers is None:
+            self._answers = np.empty((len(self._there), *answers.shape[1:]), np.float32)
+        if self._answers.shape[1:] != answers.shape[1:]:
+            raise Malformed(
+                f"{self._who} with {list(answers.shape[1:])} for one image, and with "
+                f"{list(self._answers.shape[1:])} for another"
+            )
+        self._answers[rows] = answers
+        self._there[rows] = True
+
+    def answers(self) -> NDArray[np.float32]:
+        """All of them, [N, ...]."""
+        assert self._answers is not None
+        return self._answers
 
 
 def as_sent(attention: NDArray[np.float32], images: int) -> NDArray[np.float16]:
