@@ -212,6 +212,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from coordinator.checkpoints import begun
     from coordinator.config import load_config
     from coordinator.connection import connect
     from coordinator.data import read_configured_task
@@ -250,7 +251,8 @@ def _train(options: argparse.Namespace) -> int:
         devices = connection.fleet.wait(options.teachers, names=[*map(check_name, options.device)])
         if options.device:
             devices = [device for device in devices if device.name in options.device]
-        require_enough(config, len(devices))
+        if not begun(folder):  # a run that is gone on with may have lost some
+            require_enough(config, len(devices))
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(folder))
         stderr.print(f"{len(devices)} teachers: {', '.join(d.name for d in devices)}")
@@ -458,6 +460,8 @@ def _finish(report: Any, folder: Path, options: argparse.Namespace) -> None:
     stdout.print(table)
     chosen = [f"{t.id} ({t.weight:.2f})" for t in report.teachers if t.selected]
     stdout.print(f"Selected of {len(report.teachers)} teachers: {', '.join(chosen)}")
+    for one in report.lost:
+        stdout.print(printable(f"Set aside: {one.teacher}, at {one.stage}: {one.why}"))
     stdout.print(f"{report.seconds['total']:.0f} s; report: {folder / 'report.html'}")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.answers import AnswerCache, Question, image_keys
+from coordinator.answers.checks import flat_maps
 from coordinator.encodings import EncodingLedger
 from coordinator.questions import PATIENCE_S, Query, Questions, Tensors
 from edge_teacher.contract.errors import Malformed, UsageError
@@ -168,13 +169,28 @@ class RemoteTeacher:
         for _, answer in self._questions.ask(
             divided, method, query, tensor, along=along, dtype=dtype
         ):
+            self._require(answer, method, query(""))
             rows = unknown[start : start + len(answer)]
             start += len(answer)
             half = answer.astype(np.float16)
             gathered.put(rows, half)
-            if np.isfinite(half).all():  # a bad answer is not for ever
+            if _worth_remembering(method, half):
                 self._cache.remember(asked, self.name, keys[rows], half)
         return gathered.answers()
+
+    def _require(self, answer: NDArray[np.float32], method: str, query: msgspec.Struct) -> None:
+        """The form that its card promises. Raises Malformed: it would be remembered otherwise."""
+        if isinstance(query, FeaturesQuery):
+            tap = self._card.teacher.taps[query.tap or self._card.teacher.saliency_tap]
+            dimensions = 4 if query.form == "maps" else 2
+            right = answer.ndim == dimensions and answer.shape[1] == tap.channels
+            form = f"[N, {tap.channels}" + (", h, w]" if dimensions == 4 else "]")
+        else:
+            right, form = answer.ndim == 3, "[N, S, S]"
+        if not right or 0 in answer.shape:
+            raise Malformed(
+                f"{self.name} answered {method} with {list(answer.shape)}, and its card says {form}"
+            )
 
     def _dtype(self, coarse: Question) -> Dtype:
         """By the speed of the link, and before that is known as it was the last time."""
@@ -193,6 +209,13 @@ class RemoteTeacher:
         divided = self._questions.divide(images, max(1, UPLOAD_BYTES // attention[0].nbytes))
         ends = np.cumsum([len(block) for block in divided])[:-1]
         return divided, [{"attention": piece} for piece in np.split(attention, ends)]
+
+
+def _worth_remembering(method: str, answer: NDArray[np.float16]) -> bool:
+    """A device may be out of order today and whole tomorrow: a bad answer is not for ever."""
+    if not np.isfinite(answer).all():
+        return False
+    return method != "saliency" or not flat_maps(answer).all()
 
 
 class _Gathered:
