@@ -146,7 +146,7 @@ class RemoteTeacher:
         question = Question(
             bundle=self._card.bundle,
             method=method,
-            query=msgspec.json.encode(query("")).decode(),
+            query=_words(query("")),
             image_size=images.shape[1:3],
         )
         coarse = msgspec.structs.replace(question, encoding="u8")
@@ -209,6 +209,14 @@ class RemoteTeacher:
         divided = self._questions.divide(images, max(1, UPLOAD_BYTES // attention[0].nbytes))
         ends = np.cumsum([len(block) for block in divided])[:-1]
         return divided, [{"attention": piece} for piece in np.split(attention, ends)]
+
+
+def _words(query: msgspec.Struct) -> str:
+    """What a query says besides the block it is about and how the answer is to travel."""
+    words = msgspec.to_builtins(query)
+    for name in ("block", "dtype"):
+        words.pop(name, None)
+    return msgspec.json.encode(words, order="sorted").decode()
 
 
 def _worth_remembering(method: str, answer: NDArray[np.float16]) -> bool:
