@@ -11,9 +11,10 @@ from pathlib import Path
 import msgspec
 from torch import Tensor
 
-from coordinator.config import BrokerConfig, Config, config_toml
+from coordinator.config import BrokerConfig, Config, DevicesConfig, config_toml
 from coordinator.data import TaskData
 from coordinator.files import load_tensors, save_tensors
+from coordinator.roster import Lost
 from coordinator.selection import Selection
 from edge_teacher.contract.errors import UsageError
 
@@ -48,6 +49,8 @@ class Record(msgspec.Struct):
     selections: list[RoundSelection] = []
     accuracy: dict[str, float] = {}
     seconds: dict[str, float] = {}
+    lost: list[Lost] = []
+    """Teachers that were set aside, in the order in which they were."""
 
 
 class Run:
@@ -63,7 +66,7 @@ class Run:
         """Begin a run in `folder`, or go on with the one that is there.
 
         Raises UsageError if the run there was started with other settings, data or teachers: going
-        on would mix two experiments.
+        on would mix two experiments. A teacher that the run had set aside may be missing.
         """
         fresh = Record(_settings(config), fingerprint(data), dict(sorted(teachers.items())))
         path = _path(folder)
@@ -71,6 +74,8 @@ class Run:
             return cls(folder, fresh, {})
         record, nets = _read(path)
         for what in ("config", "data", "teachers"):
+            if what == "teachers" and _same_but_for_the_lost(record, fresh):
+                continue
             if getattr(record, what) != getattr(fresh, what):
                 raise UsageError(
                     f"{folder} holds a run with other {what}{_difference(record, fresh, what)}; "
@@ -85,6 +90,10 @@ class Run:
         """The stage is over, and these are the nets now. On disk when this returns."""
         self.record.finished.append(stage)
         self.nets.update(nets)
+        self.save()
+
+    def save(self) -> None:
+        """Put the record, and the nets as the last stage left them, on disk."""
         state = {"record": msgspec.json.encode(self.record).decode(), "nets": self.nets}
         save_tensors(_path(self.folder), state)
 
@@ -97,6 +106,11 @@ class Run:
         finally:
             spent = time.monotonic() - started
             self.record.seconds[what] = self.record.seconds.get(what, 0.0) + spent
+
+
+def begun(folder: Path) -> bool:
+    """Whether there is a run in `folder` that can be gone on with."""
+    return _path(folder).exists()
 
 
 def fingerprint(data: TaskData) -> str:
@@ -124,9 +138,18 @@ def _read(path: Path) -> tuple[Record, dict[str, State]]:
 
 
 def _settings(config: Config) -> str:
-    """What decides the result: neither the broker nor the number of threads does."""
-    neutral = msgspec.structs.replace(config, broker=BrokerConfig(), threads=0)
+    """What decides the result: neither the broker nor the number of threads nor patience does."""
+    neutral = msgspec.structs.replace(
+        config, broker=BrokerConfig(), threads=0, devices=DevicesConfig()
+    )
     return config_toml(neutral)
+
+
+def _same_but_for_the_lost(there: Record, here: Record) -> bool:
+    away = {one.teacher for one in there.lost if not one.back}
+    return here.teachers.items() <= there.teachers.items() and (
+        there.teachers.keys() - here.teachers.keys() <= away
+    )
 
 
 def _difference(there: Record, here: Record, what: str) -> str:

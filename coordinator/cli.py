@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from coordinator.cache_commands import add_cache
 from coordinator.export_commands import add_export, signing_key
 from coordinator.terminal import console as stderr
 from coordinator.terminal import percent, plain, print_json, printable, stdout
@@ -101,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     _broker_options(devices)
 
     add_export(commands, command)
+    add_cache(commands, command)
 
     deploy = command("deploy", _deploy, "install a student bundle on devices")
     deploy.add_argument("--bundle", type=Path, required=True)
@@ -212,6 +214,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from coordinator.checkpoints import begun
     from coordinator.config import load_config
     from coordinator.connection import connect
     from coordinator.data import read_configured_task
@@ -250,7 +253,8 @@ def _train(options: argparse.Namespace) -> int:
         devices = connection.fleet.wait(options.teachers, names=[*map(check_name, options.device)])
         if options.device:
             devices = [device for device in devices if device.name in options.device]
-        require_enough(config, len(devices))
+        if not begun(folder):  # a run that is gone on with may have lost some
+            require_enough(config, len(devices))
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(folder))
         stderr.print(f"{len(devices)} teachers: {', '.join(d.name for d in devices)}")
@@ -458,6 +462,8 @@ def _finish(report: Any, folder: Path, options: argparse.Namespace) -> None:
     stdout.print(table)
     chosen = [f"{t.id} ({t.weight:.2f})" for t in report.teachers if t.selected]
     stdout.print(f"Selected of {len(report.teachers)} teachers: {', '.join(chosen)}")
+    for one in report.lost:
+        stdout.print(printable(f"Set aside: {one.teacher}, at {one.stage}: {one.why}"))
     stdout.print(f"{report.seconds['total']:.0f} s; report: {folder / 'report.html'}")
 
 

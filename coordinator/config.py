@@ -43,6 +43,18 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     )
 
 
+class DevicesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How long devices are waited for, and how many may be lost."""
+
+    patience_s: Annotated[
+        float,
+        Meta(gt=0, le=86400, description="seconds that one answer may take; then it is set aside"),
+    ] = 120.0
+    least: Annotated[
+        int, Meta(ge=1, description="teachers without which the run ends; the others may be lost")
+    ] = 1
+
+
 class StudentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The network that is trained and deployed."""
 
@@ -131,6 +143,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shift: Annotated[int, Meta(ge=0, description="pixels a training image is shifted at most")] = 4
     weight_decay: Annotated[float, Meta(ge=0, description="of every weight, in every step")] = 5e-4
     broker: BrokerConfig = BrokerConfig()
+    devices: DevicesConfig = DevicesConfig()
     data: DataConfig = DataConfig()
     student: StudentConfig = StudentConfig()
     warmup: WarmupConfig = WarmupConfig()

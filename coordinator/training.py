@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from coordinator.amalgamation.aggregation import RoundPlan, run_round
 from coordinator.amalgamation.answers import TeacherAnswers, ask
 from coordinator.amalgamation.heads import fit_task_head
 from coordinator.amalgamation.task import AmalgamationTask, Losses
+from coordinator.answers.checks import check_saliency
 from coordinator.augmentation import Jitter
 from coordinator.checkpoints import CurvePoint, RoundSelection, Run
 from coordinator.config import Config, ScratchConfig, WarmupConfig
@@ -34,8 +35,8 @@ from coordinator.optimisation import (
     stage_generator,
     steps_per_epoch,
 )
-from coordinator.parallel import in_parallel
 from coordinator.progress import Progress, Silent
+from coordinator.roster import Lost, Online, Roster
 from coordinator.selection import Evidence, select
 from coordinator.student import (
     Student,
@@ -68,6 +69,7 @@ class TrainingResult:
     curve: tuple[CurvePoint, ...]
     accuracy: Mapping[str, float]
     seconds: Mapping[str, float]
+    lost: tuple[Lost, ...] = ()
 
 
 def train(
@@ -76,19 +78,30 @@ def train(
     teachers: Mapping[str, Teacher],
     folder: Path,
     progress: Progress | None = None,
+    online: Online | None = None,
 ) -> TrainingResult:
     """Train a student for `data` from `teachers`, keeping state in `folder`.
 
-    Writes `folder`/checkpoint.pt after every stage, and `folder`/student.pt at the end. Raises
-    UsageError without teachers or if `folder` holds another run, CheckFailed for an answer that
-    makes no sense, and whatever a teacher raises.
+    Writes `folder`/checkpoint.pt after every stage, and `folder`/student.pt at the end. A teacher
+    that does not answer, or not with what makes sense, is set aside, and the run goes on with the
+    others; `online` says who is there, so that one that has come back is asked again at the next
+    selection. Raises UsageError without teachers or if `folder` holds another run, and CheckFailed,
+    naming everyone who was set aside, when fewer than `devices.least` are left.
     """
     if not teachers:
         raise UsageError("There is no teacher to learn from; start at least one device.")
-    require_enough(config, len(teachers))
     progress = progress or Silent()
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     run = Run.open(folder, config, data, {name: t.identity for name, t in teachers.items()})
+    require_enough(config, len(run.record.teachers))
+    roster = Roster(
+        teachers,
+        run.record.lost,
+        progress,
+        least=config.devices.least,
+        online=online,
+        keep=run.save,
+    )
     spec = StudentSpec.of_images(data.transfer, data.probe.classes, config.student.channels)
 
     def stage(name: str) -> _Stage:
@@ -102,7 +115,8 @@ def train(
     student = _new_student(spec, config.seed)
     _learn_labels(stage("warm-up"), "student", student, config.warmup)
 
-    teacher_maps = _saliency(stage("saliency"), teachers)
+    teacher_maps: dict[str, NDArray[np.float32]] = {}
+    _saliency(stage("saliency"), roster, teacher_maps)
     answers: dict[str, TeacherAnswers] = {}
     task: AmalgamationTask | None = None
     for number in range(config.aggregation.rounds):
@@ -110,19 +124,24 @@ def train(
         if round_stage.resumed(student=student):
             continue
         if number % config.selection.every_rounds == 0:
-            _select(stage("select"), number, student, teacher_maps)
+            _welcome_back(stage("saliency"), number, roster, teacher_maps)
+            _select(stage("select"), number, student, roster, teacher_maps)
             task = None
         if task is None:
-            task = _task(stage("ask"), student, teachers, answers)
+            _ask(stage("ask"), number, student, roster, teacher_maps, answers)
+            task = _task(stage("ask"), student, answers)
         _aggregate(round_stage, number, task)
 
     if config.finetune.epochs:
         finetune = stage("fine-tune")
         if not finetune.resumed(student=student):
             if task is None:
-                task = _task(stage("ask"), student, teachers, answers)
+                last = config.aggregation.rounds
+                _ask(stage("ask"), last, student, roster, teacher_maps, answers)
+                task = _task(stage("ask"), student, answers)
             _fine_tune(finetune, task)
 
+    roster.roll_call("end")
     student.eval()
     scratch.eval()
     save_student(student, folder / "student.pt")
@@ -139,6 +158,7 @@ def train(
         curve=tuple(run.record.curve),
         accuracy=run.record.accuracy,
         seconds=run.record.seconds,
+        lost=tuple(run.record.lost),
     )
 
 
@@ -149,6 +169,11 @@ def require_enough(config: Config, teachers: int) -> None:
         raise UsageError(
             f"selection.k is {config.selection.k} and there {there}; "
             "start more of them or choose a smaller k."
+        )
+    if config.devices.least > teachers:
+        raise UsageError(
+            f"devices.least is {config.devices.least}, and {teachers} teachers are there; "
+            "start more of them or choose a smaller number."
         )
 
 
@@ -169,6 +194,10 @@ class _Stage:
         for key, net in nets.items():
             net.load_state_dict(self.run.nets[key])
         return True
+
+    def named(self, name: str) -> _Stage:
+        """Another stage of the same run."""
+        return replace(self, name=name)
 
     def finish(self, **nets: nn.Module) -> None:
         self.progress.end()
@@ -220,73 +249,124 @@ def _learn_labels(
     stage.finish(**{key: student})
 
 
-def _saliency(stage: _Stage, teachers: Mapping[str, Teacher]) -> dict[str, NDArray[np.float32]]:
-    """Where every teacher looks on the probe images; asked once, for teachers do not change."""
-    names = sorted(teachers)
+def _saliency(stage: _Stage, roster: Roster, teacher_maps: dict[str, NDArray[np.float32]]) -> None:
+    """Where every teacher looks on the probe images; asked once, for teachers do not change.
+
+    Who was set aside by an earlier session has another chance.
+    """
+    _look(stage, roster, {*roster.present, *roster.returned()}, stage.name, teacher_maps)
+
+
+def _welcome_back(
+    stage: _Stage, number: int, roster: Roster, teacher_maps: dict[str, NDArray[np.float32]]
+) -> None:
+    """Before a selection, ask those again who have come back."""
+    back = set(roster.returned())
+    # The first selection comes right after everyone was asked.
+    if number and back:
+        _look(stage, roster, back, f"saliency before round {number + 1}", teacher_maps)
+
+
+def _look(
+    stage: _Stage,
+    roster: Roster,
+    names: set[str],
+    words: str,
+    teacher_maps: dict[str, NDArray[np.float32]],
+) -> None:
     probe = stage.data.probe.images
-    stage.progress.begin(stage.name, len(teachers))
+    stage.progress.begin(stage.name, len(names))
     with stage.run.timed(stage.name):
-        answers = in_parallel(
-            [teachers[name] for name in names],
-            lambda teacher: teacher.saliency(probe),
+        found = roster.ask(
+            names,
+            lambda teacher: check_saliency(teacher.name, teacher.saliency(probe), len(probe)),
+            words,
             stage.progress.advance,
         )
+    teacher_maps.update(found)
     stage.progress.end()
-    return dict(zip(names, answers, strict=True))
 
 
 def _select(
     stage: _Stage,
     number: int,
     student: Student,
+    roster: Roster,
     teacher_maps: Mapping[str, NDArray[np.float32]],
 ) -> None:
-    """Select for round `number` by where the student looks now."""
+    """Select for round `number`, among those who can be asked, by where the student looks now."""
     config = stage.config
+    there = {name: teacher_maps[name] for name in roster.present}
+    k = config.selection.k
+    if config.selection.strategy != "all" and k > len(there):
+        k = len(there)
+        stage.progress.say(f"selection.k is {config.selection.k}, and {k} can be asked: k is {k}")
     with stage.run.timed(stage.name):
-        evidence = Evidence(grad_cam(student, stage.data.probe.images), teacher_maps)
+        evidence = Evidence(grad_cam(student, stage.data.probe.images), there)
         rng = np.random.default_rng([config.seed, number])
-        selection = select(config.selection.strategy, evidence, config.selection.k, rng)
-    stage.run.record.selections.append(RoundSelection(number, selection))
+        selection = select(config.selection.strategy, evidence, k, rng)
+    record = stage.run.record
+    # One made before somebody selected was lost was never used.
+    record.selections = [s for s in record.selections if s.round != number]
+    record.selections.append(RoundSelection(number, selection))
     shares = ", ".join(f"{name} ({weight:.2f})" for name, weight in selection.weights.items())
     stage.progress.say(f"Selected before round {number + 1}: {shares}")
 
 
-def _task(
+def _ask(
     stage: _Stage,
+    number: int,
     student: Student,
-    teachers: Mapping[str, Teacher],
+    roster: Roster,
+    teacher_maps: Mapping[str, NDArray[np.float32]],
     answers: dict[str, TeacherAnswers],
-) -> AmalgamationTask:
-    """The task for the teachers selected last; `answers` keeps what was asked, for later rounds."""
+) -> None:
+    """Ask those selected last, and select again without those who fail, until all have answered.
+
+    `answers` keeps what was asked, for later rounds.
+    """
     config, data = stage.config, stage.data
-    weights = stage.run.record.selections[-1].selection.weights
-    missing = [name for name in weights if name not in answers]
-    stage.progress.begin(stage.name, len(missing))
-    with stage.run.timed(stage.name):
-        found = in_parallel(
-            [teachers[name] for name in missing],
-            lambda teacher: ask(
-                teacher,
-                data.probe.images,
-                data.transfer,
-                flips=config.aggregation.flips,
-                maps=config.aggregation.hint_maps > 0,
-            ),
-            stage.progress.advance,
-        )
-    answers.update(zip(missing, found, strict=True))
-    stage.progress.end()
+    while True:
+        weights = stage.run.record.selections[-1].selection.weights
+        missing = [name for name in weights if name not in answers]
+        asked = set(missing) & set(roster.present)
+        stage.progress.begin(stage.name, len(asked))
+        with stage.run.timed(stage.name):
+            found = roster.ask(
+                asked,
+                lambda teacher: ask(
+                    teacher,
+                    data.probe.images,
+                    data.transfer,
+                    flips=config.aggregation.flips,
+                    maps=config.aggregation.hint_maps > 0,
+                ),
+                f"features before round {number + 1}",
+                stage.progress.advance,
+            )
+        answers.update(found)
+        stage.progress.end()
+        gone = [name for name in weights if name not in answers]
+        if not gone:
+            return
+        roster.replaced(gone)
+        _select(stage.named("select"), number, student, roster, teacher_maps)
+
+
+def _task(
+    stage: _Stage, student: Student, answers: Mapping[str, TeacherAnswers]
+) -> AmalgamationTask:
+    """The task for the teachers selected last."""
     with stage.run.timed("head"):
         task = AmalgamationTask(
             student,
-            data,
+            stage.data,
             answers,
-            weights,
+            stage.run.record.selections[-1].selection.weights,
             stage.run.nets,
-            config.aggregation,
-            config.head,
-            config.seed,
+            stage.config.aggregation,
+            stage.config.head,
+            stage.config.seed,
         )
     if task.head is not None:
         stage.progress.say(

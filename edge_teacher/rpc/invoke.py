@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
+from itertools import repeat
 from typing import TypeVar
 
 import msgspec
@@ -185,6 +186,7 @@ class Caller:
         device: str,
         method: str,
         bodies: Iterable[msgspec.Struct],
+        along: Iterable[Tensors] | None = None,
         *,
         outstanding: int = 2,
         timeout_s: float = 60,
@@ -192,17 +194,21 @@ class Caller:
     ) -> Generator[tuple[int, Future[Payload]], None, None]:
         """(number of the question, its finished future), as the answers come.
 
-        A body is taken from `bodies` only when it is about to be sent. Closing the iterator cancels
-        what is still outstanding.
+        A body, and from `along` the tensors that go with it, is taken only when it is about to be
+        sent. Closing the iterator cancels what is still outstanding.
         """
         done: queue.SimpleQueue[tuple[int, Future[Payload]]] = queue.SimpleQueue()
         waiting: set[Future[Payload]] = set()
-        numbered = enumerate(bodies)
+        nothing: Iterable[Tensors] = repeat({})
+        pairs = zip(bodies, nothing if along is None else along, strict=along is not None)
+        numbered = enumerate(pairs)
         try:
             while True:
                 while len(waiting) < outstanding and (item := next(numbered, None)) is not None:
-                    number, body = item
-                    future = self.submit(device, method, body, timeout_s=timeout_s, packed=packed)
+                    number, (body, tensors) = item
+                    future = self.submit(
+                        device, method, body, tensors, timeout_s=timeout_s, packed=packed
+                    )
                     waiting.add(future)
                     future.add_done_callback(lambda f, n=number: done.put((n, f)))  # type: ignore[misc]
                 if not waiting:
