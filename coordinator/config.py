@@ -130,6 +130,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     batch: Annotated[int, Meta(ge=2, description="images in one step of training")] = 64
     shift: Annotated[int, Meta(ge=0, description="pixels a training image is shifted at most")] = 4
     weight_decay: Annotated[float, Meta(ge=0, description="of every weight, in every step")] = 5e-4
+    checkpoint_s: Annotated[
+        float, Meta(ge=0, description="seconds of training that a killed process loses at most")
+    ] = 10.0
     broker: BrokerConfig = BrokerConfig()
     data: DataConfig = DataConfig()
     student: StudentConfig = StudentConfig()

@@ -2,8 +2,9 @@
 
 The order is the method's (Xie et al. 2022): the student is warmed up on the probe set, then for
 some rounds learns from the teachers, selected again every so often as it changes, and at last gets
-a fresh head that is trained on the probe set. The state is on disk after every stage; a run that
-was interrupted goes on from the last finished one and ends with the same weights.
+a fresh head that is trained on the probe set. Every stage that learns is a `Lesson` for the one
+loop, which keeps the state on disk; a run that was interrupted, in whatever way, goes on from there
+and ends with the same weights.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coordinator.amalgamation.aggregation import RoundPlan, run_round
@@ -27,13 +28,8 @@ from coordinator.augmentation import Jitter
 from coordinator.checkpoints import CurvePoint, RoundSelection, Run
 from coordinator.config import Config, ScratchConfig, WarmupConfig
 from coordinator.data import TaskData
-from coordinator.optimisation import (
-    Descent,
-    OneCycle,
-    shuffled_batches,
-    stage_generator,
-    steps_per_epoch,
-)
+from coordinator.loop import Drawn, Lesson, Loop
+from coordinator.optimisation import OneCycle, stage_generator, steps_per_epoch
 from coordinator.parallel import in_parallel
 from coordinator.progress import Progress, Silent
 from coordinator.selection import Evidence, select
@@ -47,8 +43,6 @@ from coordinator.student import (
 )
 from coordinator.teachers import Teacher
 from edge_teacher.contract.errors import UsageError
-
-_MEASURE_EVERY_EPOCHS = 5
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,8 @@ def train(
 ) -> TrainingResult:
     """Train a student for `data` from `teachers`, keeping state in `folder`.
 
-    Writes `folder`/checkpoint.pt after every stage, and `folder`/student.pt at the end. Raises
+    Writes `folder`/checkpoint.pt after every stage and every `config.checkpoint_s` seconds within
+    one, and `folder`/student.pt at the end. Raises
     UsageError without teachers or if `folder` holds another run, CheckFailed for an answer that
     makes no sense, and whatever a teacher raises.
     """
@@ -109,7 +104,7 @@ def train(
         round_stage = stage(f"round {number + 1}")
         if round_stage.resumed(student=student):
             continue
-        if number % config.selection.every_rounds == 0:
+        if number % config.selection.every_rounds == 0 and not run.selected(number):
             _select(stage("select"), number, student, teacher_maps)
             task = None
         if task is None:
@@ -177,13 +172,27 @@ class _Stage:
     def generator(self) -> torch.Generator:
         return stage_generator(self.config.seed, self.name)
 
-    def measure(self, images: int, losses: list[float], student: Student) -> None:
+    def learn(self, lesson: Lesson, random: torch.Generator) -> None:
+        config = self.config
+        loop = Loop(
+            self.run,
+            self.progress,
+            batch=config.batch,
+            weight_decay=config.weight_decay,
+            checkpoint_s=config.checkpoint_s,
+        )
+        loop.learn(lesson, random)
+
+    def drawn(self, index: Tensor, generator: torch.Generator) -> Drawn:
+        return Drawn(index, Jitter.draw(len(index), self.config.shift, generator))
+
+    def measure(self, images: int, student: Student) -> None:
         """Add a point to the learning curve. The test set is for reports: nothing depends on it."""
-        test = self.data.test
+        test, record = self.data.test, self.run.record
         reached = accuracy(student, test.images, test.labels) if test else None
-        loss = float(np.mean(losses))
-        self.run.record.curve.append(CurvePoint(self.name, images, loss, reached))
-        losses.clear()
+        loss = float(np.mean(record.losses))
+        record.curve.append(CurvePoint(self.name, images, loss, reached))
+        record.losses.clear()
 
 
 def _new_student(spec: StudentSpec, seed: int) -> Student:
@@ -200,23 +209,29 @@ def _learn_labels(
         return
     config, probe = stage.config, stage.data.probe
     images, labels = torch.from_numpy(probe.images), torch.from_numpy(probe.labels)
-    generator = stage.generator()
-    epochs = recipe.epochs
-    steps = epochs * steps_per_epoch(len(probe), config.batch)
-    descent = Descent([student], OneCycle(recipe.rate, steps), config.weight_decay)
-    stage.progress.begin(stage.name, steps)
-    losses: list[float] = []
-    student.train()
+
+    def draw(index: Tensor, generator: torch.Generator) -> tuple[Drawn, ...]:
+        return (stage.drawn(index, generator),)
+
+    def loss(drawn: Drawn) -> tuple[Tensor, Losses]:
+        logits = student(drawn.jitter.images(images[drawn.index]))
+        value = F.cross_entropy(logits, labels[drawn.index])
+        return value, Losses(float(value.detach()))
+
+    steps = recipe.epochs * steps_per_epoch(len(probe), config.batch)
+    lesson = Lesson(
+        name=stage.name,
+        nets={key: student},
+        trained=[student],
+        images=len(probe),
+        epochs=recipe.epochs,
+        cycle=OneCycle(recipe.rate, steps),
+        draw=draw,
+        loss=loss,
+        measure=lambda epoch: stage.measure(epoch * len(probe), student),
+    )
     with stage.run.timed(stage.name):
-        for epoch in range(1, epochs + 1):
-            for index in shuffled_batches(len(probe), config.batch, generator):
-                jitter = Jitter.draw(len(index), config.shift, generator)
-                loss = F.cross_entropy(student(jitter.images(images[index])), labels[index])
-                descent.step(loss)
-                losses.append(float(loss.detach()))
-                stage.progress.advance(losses[-1])
-            if epoch % _MEASURE_EVERY_EPOCHS == 0 or epoch == epochs:
-                stage.measure(epoch * len(probe), losses, student)
+        stage.learn(lesson, stage.generator())
     stage.finish(**{key: student})
 
 
@@ -300,24 +315,31 @@ def _aggregate(stage: _Stage, number: int, task: AmalgamationTask) -> None:
     config = stage.config
     steps = config.aggregation.epochs * steps_per_epoch(len(task), config.batch)
     plan = RoundPlan(
+        name=stage.name,
         number=number,
         epochs=config.aggregation.epochs,
         batch=config.batch,
         shift=config.shift,
-        weight_decay=config.weight_decay,
         cycle=OneCycle(config.aggregation.rate, steps * config.aggregation.rounds),
     )
-    copies = len(task.weights) if config.aggregation.form == "fedavg" else 1
-    stage.progress.begin(stage.name, steps * copies)
-    losses: list[float] = []
+    random = stage.generator()
 
-    def on_step(parts: Losses) -> None:
-        losses.append(parts.total)
-        stage.progress.advance(parts.total)
+    def learn(lesson: Lesson) -> None:
+        part = lesson.name != stage.name
+        if part and stage.run.has(lesson.name):
+            for key, net in lesson.nets.items():
+                net.load_state_dict(stage.run.nets[key])
+            random.set_state(stage.run.random[lesson.name])
+            return
+        stage.learn(lesson, random)
+        if part:
+            states = {key: net.state_dict() for key, net in lesson.nets.items()}
+            stage.run.finish(lesson.name, states, random.get_state())
 
     with stage.run.timed("aggregate"):
-        run_round(task, plan, stage.generator(), on_step)
-        stage.measure((number + 1) * len(task) * config.aggregation.epochs, losses, task.student)
+        run_round(task, plan, learn)
+        stage.measure((number + 1) * len(task) * config.aggregation.epochs, task.student)
+    stage.run.forget_parts(stage.name)
     stage.finish(**task.nets())
 
 
@@ -332,11 +354,8 @@ def _fine_tune(stage: _Stage, task: AmalgamationTask) -> None:
     student = task.student
     recipe = config.finetune
     images, labels = torch.from_numpy(probe.images), torch.from_numpy(probe.labels)
-    generator = stage.generator()
-    steps = recipe.epochs * steps_per_epoch(len(probe), config.batch)
-    stage.progress.begin(stage.name, steps)
-    losses: list[float] = []
-    with stage.run.timed(stage.name):
+
+    def prepare() -> None:
         fitted = fit_task_head(
             pooled_features(student, probe.images),
             probe.labels,
@@ -346,19 +365,31 @@ def _fine_tune(stage: _Stage, task: AmalgamationTask) -> None:
             config.seed,
         )
         fitted.write_to(student.head)
-        student.train()
-        modules = [student, *task.translators(task.weights)]
-        descent = Descent(modules, OneCycle(recipe.rate, steps), config.weight_decay)
-        for epoch in range(1, recipe.epochs + 1):
-            for index in shuffled_batches(len(probe), config.batch, generator):
-                jitter = Jitter.draw(len(index), config.shift, generator)
-                loss = F.cross_entropy(student(jitter.images(images[index])), labels[index])
-                kept = torch.randint(len(task), (config.batch,), generator=generator)
-                jitter = Jitter.draw(len(kept), config.shift, generator)
-                loss = loss + task.loss(student, kept, jitter, task.weights)[0]
-                descent.step(loss)
-                losses.append(float(loss.detach()))
-                stage.progress.advance(losses[-1])
-            if epoch % _MEASURE_EVERY_EPOCHS == 0 or epoch == recipe.epochs:
-                stage.measure(epoch * len(probe), losses, student)
+
+    def draw(index: Tensor, generator: torch.Generator) -> tuple[Drawn, ...]:
+        labelled = stage.drawn(index, generator)
+        kept = torch.randint(len(task), (config.batch,), generator=generator)
+        return labelled, stage.drawn(kept, generator)
+
+    def loss(labelled: Drawn, kept: Drawn) -> tuple[Tensor, Losses]:
+        logits = student(labelled.jitter.images(images[labelled.index]))
+        value = F.cross_entropy(logits, labels[labelled.index])
+        value = value + task.loss(student, kept.index, kept.jitter, task.weights)[0]
+        return value, Losses(float(value.detach()))
+
+    steps = recipe.epochs * steps_per_epoch(len(probe), config.batch)
+    lesson = Lesson(
+        name=stage.name,
+        nets=task.nets(),
+        trained=[student, *task.translators(task.weights).values()],
+        images=len(probe),
+        epochs=recipe.epochs,
+        cycle=OneCycle(recipe.rate, steps),
+        draw=draw,
+        loss=loss,
+        prepare=prepare,
+        measure=lambda epoch: stage.measure(epoch * len(probe), student),
+    )
+    with stage.run.timed(stage.name):
+        stage.learn(lesson, stage.generator())
     stage.finish(**task.nets())
