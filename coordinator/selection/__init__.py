@@ -8,7 +8,7 @@ from coordinator.selection.saliency import (
     similarities,
     transfer_distance,
 )
-from coordinator.selection.strategies import STRATEGIES, select
+from coordinator.selection.strategies import STRATEGIES, select, strategy_named
 
 __all__ = [
     "STRATEGIES",
@@ -21,5 +21,6 @@ __all__ = [
     "resize_maps",
     "select",
     "similarities",
+    "strategy_named",
     "transfer_distance",
 ]

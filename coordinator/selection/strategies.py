@@ -101,7 +101,7 @@ class Oracle:
     """The set that turns out best, of all sets of k: for studies, since it must know the truth."""
 
     name: str = "oracle"
-    reads_features: bool = False
+    reads_features: bool = True
 
     def select(
         self, evidence: Evidence, k: int, rng: np.random.Generator, current: Sequence[str] = ()
