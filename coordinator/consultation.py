@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -12,19 +12,22 @@ from coordinator.amalgamation.answers import TeacherAnswers, ask, ask_pooled
 from coordinator.answers.checks import check_saliency
 from coordinator.checkpoints import RoundSelection, Run
 from coordinator.config import Config
-from coordinator.data import TaskData
+from coordinator.data import TaskData, spread
 from coordinator.progress import Progress
 from coordinator.roster import Roster
 from coordinator.selection import Evidence, select, strategy_named
 from coordinator.selection.probe import judge_of
 from coordinator.student import Student, grad_cam
 
+SELECTION_IMAGES = 500
+"""More labelled images than this make a selection slower and no better."""
+
 
 class Consultation:
     """Asks a roster of teachers about one task's images; keeps what they answered.
 
-    `teacher_maps` has where everyone looks on the probe images, [P, S, S]; `answers` what those
-    selected say of the images the student trains on.
+    `images` are those of the probe set that selections are made by; `teacher_maps` has where everyone
+    looks on them, [P, S, S]; `answers` what those selected say of the images the student trains on.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Consultation:
         self._roster = roster
         self._progress = progress
         self._strategy = strategy_named(config.selection.strategy)
+        self.images = spread(data.probe, SELECTION_IMAGES)
         self.teacher_maps: dict[str, NDArray[np.float32]] = {}
         self._features: dict[str, NDArray[np.float32]] = {}
         self._test: dict[str, NDArray[np.float32]] = {}
@@ -89,8 +93,7 @@ class Consultation:
             self._select(number, student)
 
     def _look(self, names: set[str], words: str) -> None:
-        probe = self._data.probe.images
-        flips = self._config.aggregation.flips
+        probe = self.images.images
         self._progress.begin("saliency", len(names))
         with self._timed("saliency"):
             found = self._roster.ask(
@@ -101,23 +104,28 @@ class Consultation:
             )
         self.teacher_maps.update(found)
         self._progress.end()
-        for what, images, kept in (
-            ("features of the probe set", probe, self._features),
-            ("features of the test set", self._test_images(), self._test),
-        ):
-            if images is None or not (self._strategy.reads_features or kept is self._test):
-                continue
-            asked = images
-            self._progress.begin(what, len(found))
-            with self._timed("saliency"):
-                seen = self._roster.ask(
-                    found,
-                    lambda teacher, asked=asked: ask_pooled(teacher, asked, flips=flips),
-                    what,
-                    self._progress.advance,
-                )
-            kept.update(seen)
-            self._progress.end()
+        if self._strategy.reads_features:
+            self._features.update(self._see(found, probe, words.replace("saliency", "features")))
+        test = self._test_images()
+        if test is not None:
+            self._test.update(self._see(found, test, "features of the test set"))
+
+    def _see(
+        self, names: Iterable[str], images: NDArray[np.uint8], words: str
+    ) -> dict[str, NDArray[np.float32]]:
+        """The pooled features of those who answer, [N, D]."""
+        asked = list(names)
+        flips = self._config.aggregation.flips
+        self._progress.begin("features", len(asked))
+        with self._timed("saliency"):
+            seen = self._roster.ask(
+                asked,
+                lambda teacher: ask_pooled(teacher, images, flips=flips),
+                words,
+                self._progress.advance,
+            )
+        self._progress.end()
+        return seen
 
     def _test_images(self) -> NDArray[np.uint8] | None:
         """What only the oracle has the teachers asked about."""
@@ -126,7 +134,7 @@ class Consultation:
         return self._data.test.images
 
     def _select(self, number: int, student: Student) -> None:
-        config, probe, record = self._config.selection, self._data.probe, self._run.record
+        config, probe, record = self._config.selection, self.images, self._run.record
         there = {name: self.teacher_maps[name] for name in self._roster.present}
         k = config.k
         if config.strategy != "all" and k > len(there):

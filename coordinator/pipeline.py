@@ -154,7 +154,7 @@ def run_task(
                 **{name: importlib.metadata.version(name) for name in _SOFTWARE},
             },
         )
-        write_report(found, _pictures(run.data.probe, result), run.folder)
+        write_report(found, _pictures(result.looked_at, result), run.folder)
         return found
 
     # What was trained and exported is on record whatever the devices make of it.

@@ -27,7 +27,7 @@ from coordinator.augmentation import Jitter
 from coordinator.checkpoints import CurvePoint, RoundSelection, Run
 from coordinator.config import Config, ScratchConfig, WarmupConfig
 from coordinator.consultation import Consultation
-from coordinator.data import TaskData
+from coordinator.data import LabelledImages, TaskData
 from coordinator.loop import Drawn, Lesson, Loop
 from coordinator.optimisation import OneCycle, stage_generator, steps_per_epoch
 from coordinator.progress import Progress, Silent
@@ -48,7 +48,7 @@ from edge_teacher.contract.errors import UsageError
 class TrainingResult:
     """What came out of a run.
 
-    student_maps [P, s, s] and teacher_maps {name: [P, S, S]} are of the probe images, the student's
+    student_maps [P, s, s] and teacher_maps {name: [P, S, S]} are of `looked_at`, the student's
     as it is at the end; accuracies are fractions of the test set, absent without one; seconds are
     by stage.
     """
@@ -56,6 +56,7 @@ class TrainingResult:
     student: Student
     scratch: Student | None
     selections: tuple[RoundSelection, ...]
+    looked_at: LabelledImages
     student_maps: NDArray[np.float32]
     teacher_maps: Mapping[str, NDArray[np.float32]]
     curve: tuple[CurvePoint, ...]
@@ -141,7 +142,8 @@ def train(
         student=student,
         scratch=trained.get("scratch"),
         selections=tuple(run.record.selections),
-        student_maps=grad_cam(student, data.probe.images),
+        looked_at=consultation.images,
+        student_maps=grad_cam(student, consultation.images.images),
         teacher_maps=consultation.teacher_maps,
         curve=tuple(run.record.curve),
         accuracy=run.record.accuracy,

@@ -60,7 +60,7 @@ def ask_pooled(teacher: Teacher, images: NDArray[np.uint8], *, flips: bool) -> N
         mirrored = teacher.pooled(images, mirrored=True)
         other = check_answer(teacher.name, mirrored, len(images), 2, what)
         _require_same_width(teacher, pooled, other)
-        pooled = (pooled + other) / 2
+        pooled = ((pooled + other) / 2).astype(np.float32)
     return pooled
 
 

@@ -30,13 +30,14 @@ def kernel(features: NDArray[np.float32]) -> Floats:
     x = features.astype(np.float64)
     x = np.sign(x) * np.sqrt(np.abs(x))
     x = (x - x.mean(0)) / np.maximum(x.std(0), 1e-6)
-    return x @ x.T
+    k: Floats = x @ x.T
+    return k
 
 
 def log_evidence(k: Floats, targets: NDArray[np.float32]) -> float:
     """Of targets [P, classes] given K [P, P]: nats per image and class; higher is better.
 
-    Raises nothing; a kernel of zeros gives the evidence of knowing nothing.
+    A kernel of zeros gives the evidence of knowing nothing.
     """
     images = len(k)
     t = targets.astype(np.float64)

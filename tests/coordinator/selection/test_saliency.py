@@ -24,7 +24,14 @@ RNG = np.random.default_rng
 
 def evidence(*teachers: np.ndarray, student: np.ndarray | None = None) -> Evidence:
     student = RNG(0).random((5, 4, 4), np.float32) if student is None else student
-    return Evidence(student, {f"t{i}": m for i, m in enumerate(teachers)})
+    names = [f"t{i}" for i in range(len(teachers))]
+    return Evidence(
+        student,
+        dict(zip(names, teachers, strict=True)),
+        targets=np.eye(2, dtype=np.float32)[[0, 1, 0, 1, 1]],
+        features={n: RNG(i).random((5, 3), np.float32) for i, n in enumerate(names)},
+        judge=lambda chosen: sum(int(name[1:]) for name in chosen),
+    )
 
 
 def random_maps(seed: int, size: int = 4) -> np.ndarray:
@@ -144,7 +151,7 @@ def test_what_cannot_be_selected_is_said() -> None:
         select("cosine", one, 2, RNG(0))
     with pytest.raises(UsageError, match="no teacher"):
         select("cosine", evidence(), 1, RNG(0))
-    with pytest.raises(UsageError, match="'best'; it is one of cosine, sampled"):
+    with pytest.raises(UsageError, match="'best'; it is one of evidence, cosine, sampled"):
         select("best", one, 1, RNG(0))
     with pytest.raises(CheckFailed, match=r"t0 .* \[4, 4, 4\] for 5"):
         select("all", evidence(random_maps(1)[:4]), 1, RNG(0))
