@@ -1,4 +1,8 @@
-"""The state of a training run on disk: written whole after every stage, read to go on."""
+"""The state of a training run on disk: written whole, after and within every stage, to go on from.
+
+What is written is all that the rest of the run depends on: the nets with their batch norm's
+statistics, the momentum, where in which stage the loop is, every random state, the selections.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,9 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from torch import Tensor
@@ -19,6 +25,9 @@ from coordinator.selection import Selection
 from edge_teacher.contract.errors import UsageError
 
 State = Mapping[str, Tensor]
+
+COPY = "copy "
+"""How the names of nets begin that are copies of the student for a part of a stage."""
 
 
 class CurvePoint(msgspec.Struct, frozen=True):
@@ -45,6 +54,8 @@ class Record(msgspec.Struct):
     teachers: dict[str, str]
     """Name to identity."""
     finished: list[str] = []
+    losses: list[float] = []
+    """Of the steps since the last point of the curve."""
     curve: list[CurvePoint] = []
     selections: list[RoundSelection] = []
     accuracy: dict[str, float] = {}
@@ -53,13 +64,47 @@ class Record(msgspec.Struct):
     """Teachers that were set aside, in the order in which they were."""
 
 
-class Run:
-    """A run in a folder: `record`, the weights of its nets, and which stages are finished."""
+@dataclass(frozen=True)
+class Midway:
+    """Where in a stage that is not finished the loop is, and what it had in hand there.
 
-    def __init__(self, folder: Path, record: Record, nets: dict[str, State]) -> None:
+    Attributes:
+        epoch, step: how many epochs are finished, and how many steps of the next.
+        optimiser: its state_dict.
+        epoch_random: the stage's generator as it was before the epoch's order was drawn.
+        random: the same as it is now; global_random: torch's own, which dropout draws from.
+    """
+
+    stage: str
+    epoch: int
+    step: int
+    optimiser: dict[str, Any]
+    epoch_random: Tensor
+    random: Tensor
+    global_random: Tensor
+
+
+class Run:
+    """A run in a folder: `record`, the weights of its nets, and how far it has come.
+
+    `midway` is where an earlier process was when it was last seen in a stage; `random` has the
+    state of a generator that several stages share, by the stage that used it last.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        record: Record,
+        nets: dict[str, State],
+        midway: Midway | None = None,
+        random: dict[str, Tensor] | None = None,
+    ) -> None:
         self.folder = folder
         self.record = record
         self.nets = nets
+        self.midway = midway
+        self.random = random or {}
+        self._running: dict[str, float] = {}
 
     @classmethod
     def open(cls, folder: Path, config: Config, data: TaskData, teachers: Mapping[str, str]) -> Run:
@@ -72,7 +117,8 @@ class Run:
         path = _path(folder)
         if not path.exists():
             return cls(folder, fresh, {})
-        record, nets = _read(path)
+        run = _read(path)
+        record = run.record
         for what in ("config", "data", "teachers"):
             if what == "teachers" and _same_but_for_the_lost(record, fresh):
                 continue
@@ -81,31 +127,65 @@ class Run:
                     f"{folder} holds a run with other {what}{_difference(record, fresh, what)}; "
                     "go on with the same, or name a new folder."
                 )
-        return cls(folder, record, nets)
+        return run
+
+    def selected(self, number: int) -> bool:
+        """Whether the selection before round `number` is made; a round that goes on keeps it."""
+        return any(made.round == number for made in self.record.selections)
 
     def has(self, stage: str) -> bool:
         return stage in self.record.finished
 
-    def finish(self, stage: str, nets: Mapping[str, State]) -> None:
+    def finish(self, stage: str, nets: Mapping[str, State], random: Tensor | None = None) -> None:
         """The stage is over, and these are the nets now. On disk when this returns."""
         self.record.finished.append(stage)
+        if random is not None:
+            self.random[stage] = random
+        self.midway = None
         self.nets.update(nets)
         self.save()
 
-    def save(self) -> None:
-        """Put the record, and the nets as the last stage left them, on disk."""
-        state = {"record": msgspec.json.encode(self.record).decode(), "nets": self.nets}
-        save_tensors(_path(self.folder), state)
+    def pause(self, midway: Midway, nets: Mapping[str, State]) -> None:
+        """The stage goes on, and this is how far it is. On disk when this returns."""
+        self.midway = midway
+        self.nets.update(nets)
+        self.save()
+
+    def forget_parts(self, stage: str) -> None:
+        """Drop what only the parts of a stage needed, which finishes next: copies and their random."""
+        self.random.clear()
+        for key in [key for key in self.nets if key.startswith(COPY)]:
+            del self.nets[key]
+        parts = f"{stage}, "
+        self.record.finished = [s for s in self.record.finished if not s.startswith(parts)]
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
         """Add the seconds that the block takes to `record.seconds[what]`."""
-        started = time.monotonic()
+        self._running[what] = time.monotonic()
         try:
             yield
         finally:
-            spent = time.monotonic() - started
-            self.record.seconds[what] = self.record.seconds.get(what, 0.0) + spent
+            self._count(what)
+            del self._running[what]
+
+    def _count(self, what: str) -> None:
+        now = time.monotonic()
+        spent = now - self._running[what]
+        self.record.seconds[what] = self.record.seconds.get(what, 0.0) + spent
+        self._running[what] = now
+
+    def save(self) -> None:
+        """Put all of it on disk, as it is now."""
+        for what in self._running:
+            self._count(what)
+        state = {
+            "record": msgspec.json.encode(self.record).decode(),
+            "nets": self.nets,
+            "midway": None if self.midway is None else vars(self.midway),
+            "random": self.random,
+        }
+        save_tensors(_path(self.folder), state)
 
 
 def begun(folder: Path) -> bool:
@@ -128,19 +208,21 @@ def _path(folder: Path) -> Path:
     return folder / "checkpoint.pt"
 
 
-def _read(path: Path) -> tuple[Record, dict[str, State]]:
+def _read(path: Path) -> Run:
     what = "a checkpoint of this version"
     state = load_tensors(path, what)
     try:
-        return msgspec.json.decode(state["record"], type=Record), dict(state["nets"])
+        record = msgspec.json.decode(state["record"], type=Record)
+        midway = None if state["midway"] is None else Midway(**state["midway"])
+        return Run(path.parent, record, dict(state["nets"]), midway, dict(state["random"]))
     except (KeyError, TypeError, msgspec.DecodeError) as error:
         raise UsageError(f"{path} is not {what}: {error}; name a new folder.") from error
 
 
 def _settings(config: Config) -> str:
-    """What decides the result: neither the broker nor the number of threads nor patience does."""
+    """What decides the result: not the broker, the threads, patience or how often it is saved."""
     neutral = msgspec.structs.replace(
-        config, broker=BrokerConfig(), threads=0, devices=DevicesConfig()
+        config, broker=BrokerConfig(), threads=0, devices=DevicesConfig(), checkpoint_s=0
     )
     return config_toml(neutral)
 

@@ -49,15 +49,19 @@ def ask(
 
 
 def _pooled(teacher: Teacher, images: NDArray[np.uint8], flips: bool) -> Tensor:
+    return signed_root(torch.from_numpy(ask_pooled(teacher, images, flips=flips)))
+
+
+def ask_pooled(teacher: Teacher, images: NDArray[np.uint8], *, flips: bool) -> NDArray[np.float32]:
+    """The pooled features of images uint8[N, H, W, 3], float32[N, C], as `ask` has them asked for."""
     what = "pooled features"
-    answer = check_answer(teacher.name, teacher.pooled(images), len(images), 2, what)
-    pooled = torch.from_numpy(answer)
+    pooled = check_answer(teacher.name, teacher.pooled(images), len(images), 2, what)
     if flips:
         mirrored = teacher.pooled(images, mirrored=True)
         other = check_answer(teacher.name, mirrored, len(images), 2, what)
-        _require_same_width(teacher, answer, other)
-        pooled = (pooled + torch.from_numpy(other)) / 2
-    return signed_root(pooled)
+        _require_same_width(teacher, pooled, other)
+        pooled = (pooled + other) / 2
+    return pooled
 
 
 def _maps(teacher: Teacher, images: NDArray[np.uint8]) -> Tensor:

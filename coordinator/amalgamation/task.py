@@ -130,10 +130,10 @@ class AmalgamationTask:
         """The trainable parts by name; their states are the task's checkpoint."""
         return {"student": self.student, **self._translators}
 
-    def translators(self, teachers: Iterable[str]) -> list[nn.Module]:
-        """The translators of some teachers."""
+    def translators(self, teachers: Iterable[str]) -> dict[str, nn.Module]:
+        """The translators of some teachers, by the names that `nets` gives them."""
         keys = (f"{kind} {name}" for name in teachers for kind in ("pooled", "maps"))
-        return [self._translators[key] for key in keys if key in self._translators]
+        return {key: self._translators[key] for key in keys if key in self._translators}
 
     def _pooled_hints(self, pooled: Tensor, index: Tensor, weights: Mapping[str, float]) -> Tensor:
         hints = [
