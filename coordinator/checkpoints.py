@@ -151,6 +151,12 @@ class Run:
         self.nets.update(nets)
         self.save()
 
+    def begin_again(self, stage: str) -> None:
+        """A stage that is not finished starts from its first step, with the nets as they are."""
+        self.midway = None
+        self.record.losses.clear()
+        self.forget_parts(stage)
+
     def forget_parts(self, stage: str) -> None:
         """Drop what only the parts of a stage needed, which finishes next: copies and their random."""
         self.random.clear()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from coordinator.roster import Roster
 from coordinator.selection import Evidence, select, strategy_named
 from coordinator.selection.probe import judge_of
 from coordinator.student import Student, grad_cam
+from edge_teacher.contract.errors import CheckFailed
 
 SELECTION_IMAGES = 500
 """More labelled images than this make a selection slower and no better."""
@@ -71,7 +72,7 @@ class Consultation:
             missing = {name for name in weights if name not in self.answers}
             asked = missing & set(self._roster.present)
             self._progress.begin("ask", len(asked))
-            with self._timed("ask"):
+            with self._timed("ask"), self._unless_too_few_are_left(number):
                 found = self._roster.ask(
                     asked,
                     lambda teacher: ask(
@@ -90,7 +91,30 @@ class Consultation:
             if not gone:
                 return weights
             self._roster.replaced(gone)
+            self._begin_again(number)
             self._select(number, student)
+
+    @contextmanager
+    def _unless_too_few_are_left(self, number: int) -> Iterator[None]:
+        """When the run ends for that, a selection that nothing was learnt from is made again later."""
+        try:
+            yield
+        except CheckFailed:
+            record = self._run.record
+            if self._run.midway is None:
+                record.selections = [s for s in record.selections if s.round != number]
+                self._run.save()
+            raise
+
+    def _begin_again(self, number: int) -> None:
+        """What an earlier process had in hand of this stage was about other teachers."""
+        if self._run.midway is None:
+            return
+        stage = self._run.midway.stage.split(", ")[0]
+        self._run.begin_again(stage)
+        self._progress.say(
+            f"{stage} begins again, from the student as it was left, for somebody it learnt from is gone"
+        )
 
     def _look(self, names: set[str], words: str) -> None:
         probe = self.images.images
@@ -140,7 +164,9 @@ class Consultation:
         if config.strategy != "all" and k > len(there):
             k = len(there)
             self._progress.say(f"selection.k is {config.k}, and {k} can be asked: k is {k}")
-        before = record.selections[-1].selection.weights if record.selections else {}
+        # Not the one that is made again: who is gone cannot stay.
+        earlier = [made.selection.weights for made in record.selections if made.round < number]
+        before = [name for name in earlier[-1] if name in there] if earlier else []
         with self._timed("select"):
             evidence = Evidence(
                 grad_cam(student, probe.images),

@@ -127,8 +127,8 @@ def test_one_that_returns_takes_part_in_the_next_selection(tmp_path: Path) -> No
     watch = Watch()
 
     class Returns(Watch):
-        def begin(self, stage: str, steps: int) -> None:
-            super().begin(stage, steps)
+        def begin(self, stage: str, steps: int, done: int = 0) -> None:
+            super().begin(stage, steps, done)
             if stage == "round 2":
                 liar.honest = True
                 there["liar"] = "liar"
@@ -157,8 +157,8 @@ def test_one_that_goes_when_all_was_answered_is_named_at_the_end(tmp_path: Path)
     there = {"a": "a", "b": "b"}
 
     class Leaves(Watch):
-        def begin(self, stage: str, steps: int) -> None:
-            super().begin(stage, steps)
+        def begin(self, stage: str, steps: int, done: int = 0) -> None:
+            super().begin(stage, steps, done)
             if stage == "fine-tune":
                 del there["b"]
 
@@ -197,14 +197,21 @@ def test_a_run_that_lost_somebody_is_gone_on_with_to_the_same_end(
         train(EVERYBODY, DATA, honest("a", "b"), tmp_path / "parts")
 
 
-def test_one_selected_that_is_missing_when_the_run_goes_on_is_replaced(tmp_path: Path) -> None:
-    """Its answers were in the memory of the first session only."""
+@pytest.mark.parametrize("form", ["joint", "fedavg"])
+@pytest.mark.parametrize("saved_every_s", [0.0, 1000.0])
+def test_one_selected_that_is_missing_when_the_run_goes_on_is_replaced(
+    tmp_path: Path, saved_every_s: float, form: str
+) -> None:
+    """Its answers were in the memory of the first session only; what was learnt from it is kept."""
+    config = changed("aggregation", EVERYBODY, form=form)
+    config = msgspec.structs.replace(config, checkpoint_s=saved_every_s)
     fleet = honest("a", "b") | {"c": Liar("c", 2, "pooled", SPOILT["gone"], after=4)}
     with pytest.raises(Interrupted):
-        train(EVERYBODY, DATA, fleet, tmp_path, Watch("round 2", 1))
+        train(config, DATA, fleet, tmp_path, Watch("round 2", 3))
     assert fleet["c"].asked["pooled"] > 0
     watch = Watch()
-    result = train(EVERYBODY, DATA, fleet, tmp_path, watch)
+    result = train(config, DATA, fleet, tmp_path, watch)
+    assert any("round 2 begins again" in said for said in watch.said) == (saved_every_s == 0)
     (lost,) = result.lost
     assert (lost.teacher, lost.stage) == ("c", "features before round 2")
     assert [s.round for s in result.selections] == [0, 1, 2]

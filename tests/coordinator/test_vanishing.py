@@ -36,13 +36,13 @@ class At(Watch):
         super().__init__()
         self.when, self.do, self.done = stage, do, False
 
-    def begin(self, stage: str, steps: int) -> None:
-        super().begin(stage, steps)
+    def begin(self, stage: str, steps: int, done: int = 0) -> None:
+        super().begin(stage, steps, done)
         if stage == self.when and not self.done:
             self.done = True
             self.do()
 
-    def advance(self, loss: float | None = None) -> None:
+    def advance(self, loss: float | None = None, images: int = 0) -> None:
         if self.steps:
             self.steps[-1] += 1
 
@@ -150,8 +150,8 @@ def test_one_that_hangs_is_given_up_by_the_patience_and_asked_again_when_it_goes
     site: Site,
 ) -> None:
     class Stops(At):
-        def begin(self, stage: str, steps: int) -> None:
-            super().begin(stage, steps)
+        def begin(self, stage: str, steps: int, done: int = 0) -> None:
+            super().begin(stage, steps, done)
             if stage == "round 2":
                 site.signal("device-b", signal.SIGCONT)
 
