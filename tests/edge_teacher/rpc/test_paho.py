@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -333,6 +335,26 @@ class TestTls:
         finally:
             a.close()
             b.close()
+
+    def test_a_tls_socket_is_written_by_one_thread_alone(
+        self, address: BrokerAddress, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        writers: set[threading.Thread] = set()
+        send = ssl.SSLSocket.send
+
+        def noting(self: ssl.SSLSocket, *a: Any, **k: Any) -> int:
+            writers.add(threading.current_thread())
+            return send(self, *a, **k)
+
+        transport = PahoTransport(address, "a")
+        monkeypatch.setattr(ssl.SSLSocket, "send", noting)
+        inbox = Inbox(transport, "x")
+        for qos in (0, 1):
+            transport.publish(Message(topic="x", payload=b"1", qos=qos))
+        inbox.wait(2)
+        transport.close()
+        assert len(writers) == 1
+        assert threading.current_thread() not in writers
 
     def test_a_broker_of_another_authority_is_not_believed(
         self, address: BrokerAddress, tmp_path: Path
