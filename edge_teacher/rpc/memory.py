@@ -29,9 +29,13 @@ class MemoryBroker:
 
     def connect(self, will: Message | None = None) -> MemoryTransport:
         client = MemoryTransport(self, will)
+        self.take(client)
+        return client
+
+    def take(self, client: MemoryTransport) -> None:
+        """From now on it is delivered what it subscribes to."""
         with self._lock:
             self._clients.append(client)
-        return client
 
     def route(self, message: Message) -> None:
         with self._lock:

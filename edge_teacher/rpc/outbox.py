@@ -48,6 +48,10 @@ class Outbox:
         self._lock = threading.Lock()
         transport.on_room(self._send)
 
+    def __len__(self) -> int:
+        """Answers that are on their way."""
+        return len(self._transfers)
+
     def begin(self, key: Key, answer: Answered) -> None:
         """From the first chunk, also when it had been sent before: the receiver has asked anew."""
         with self._lock:

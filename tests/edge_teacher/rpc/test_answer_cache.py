@@ -109,6 +109,15 @@ def test_what_has_arrived_is_not_kept_and_not_computed_again(clock: Clock) -> No
     assert not cache.is_gone(key("a"))
 
 
+def test_only_so_many_of_those_that_have_arrived_are_known(clock: Clock) -> None:
+    cache = AnswerCache(Limits())
+    for i in range(8193):
+        cache.finish(key(str(i)))
+    assert not cache.is_gone(key("0"))
+    assert cache.is_gone(key("1"))
+    assert cache.is_gone(key("8192"))
+
+
 def test_a_lookup_does_not_become_slow_with_the_number_of_answers() -> None:
     cache = AnswerCache(Limits(answer_cache_bytes=1 << 30))
     for i in range(20_000):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -13,8 +12,7 @@ from edge_teacher.contract.errors import Unreachable
 from edge_teacher.rpc.paho import PahoTransport
 from edge_teacher.rpc.transport import Message
 from tests.edge_teacher.rpc.scripted_broker import PUBLISH, SUBSCRIBE, ScriptedBroker
-
-WAIT_S = 15
+from tests.edge_teacher.rpc.wire import eventually
 
 
 @pytest.fixture
@@ -34,13 +32,6 @@ def connected(ends: ExitStack, broker: ScriptedBroker, **how: object) -> PahoTra
     ends.callback(transport._client.loop_stop)
     ends.callback(transport._client.disconnect)
     return transport
-
-
-def eventually(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < end
-        threading.Event().wait(0.001)
 
 
 def receive_maximum(count: int) -> bytes:

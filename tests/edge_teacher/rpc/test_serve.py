@@ -425,3 +425,36 @@ def test_an_idle_server_lets_go_of_old_answers() -> None:
         end = time.monotonic() + 10
         while here.server._answers.nbytes:
             assert time.monotonic() < end
+
+
+def test_what_expired_makes_room_in_a_full_queue_and_is_told_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with world(limits=Limits(max_queued_requests=2)) as here:
+        peer = Peer(here.broker.connect())
+        peer.ask("hold", correlation=b"0")
+        assert here.device.begun.acquire(timeout=10)
+        peer.ask(correlation=b"1", expiry_s=30)
+        peer.ask(correlation=b"2", expiry_s=300)
+        peer.fence()
+        now = time.monotonic()
+        monkeypatch.setattr("edge_teacher.rpc.serve.time.monotonic", lambda: now + 60)
+        peer.ask(correlation=b"3")
+        (expired,) = peer.wait(1)
+        assert expired.correlation == b"1"
+        assert problem_in(expired).code == 408
+        peer.ask(correlation=b"1")  # with a later deadline it is a new request
+        assert problem_in(peer.wait(2)[1]).code == 429
+        here.device.may_go_on.set()
+        assert [m.correlation for m in peer.wait(5)[2:]] == [b"0", b"2", b"3"]
+
+
+def test_an_answer_that_is_forgotten_is_not_sent_on() -> None:
+    with world(limits=Limits(answer_cache_s=0.05)) as here:
+        peer = Peer(here.broker.connect())
+        peer.ask(payload=frame.encode(Ask(bytes_back=5 * CHUNK_BYTES)))
+        peer.wait(2)
+        assert len(here.server._outbox) == 1
+        end = time.monotonic() + 10
+        while len(here.server._outbox):
+            assert time.monotonic() < end
