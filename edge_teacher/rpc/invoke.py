@@ -30,6 +30,7 @@ from edge_teacher.contract.frame import Payload
 from edge_teacher.contract.limits import BULK_ABOVE_BYTES, MIB
 from edge_teacher.contract.messages import Control, Problem
 from edge_teacher.contract.versions import BULK_SINCE, minor_of
+from edge_teacher.rpc.detour import Detour
 from edge_teacher.rpc.intake import Intake, Memory
 from edge_teacher.rpc.pending import Pending, backoff
 from edge_teacher.rpc.traffic import Traffic, WireBytes
@@ -96,6 +97,7 @@ class Caller:
         self._closed = threading.Event()
         transport.subscribe(topics.responses(name), self._on_response)
         self._bulk.subscribe(topics.all_data(name), self._on_response)
+        self._detour = Detour(transport, self._bulk, topics.all_data(name), self._on_response)
         self._watch = threading.Thread(target=self._watch_deadlines, name="rpc-watch", daemon=True)
         self._watch.start()
         for connection in {id(t): t for t in (transport, self._bulk)}.values():
@@ -404,6 +406,11 @@ class Caller:
 
     def _watch_deadlines(self) -> None:
         while not self._closed.wait(self._tick_s):
+            try:
+                if self._detour.follow():
+                    self._ask_again()
+            except Exception:
+                log.exception("data could not be led around the bulk connection")
             now = time.monotonic()
             with self._lock:
                 waiting = list(self._pending.values())

@@ -135,10 +135,15 @@ class PahoTransport:
             self._client.loop_stop()
             raise Unreachable(f"the broker at {address} did not accept {client_id!r}: {reason}")
 
-    def subscribe(self, topic_filter: str, handler: Handler) -> None:
+    def subscribe(self, topic_filter: str, handler: Handler, *, wait: bool = True) -> None:
         with self._lock:
             self._handlers.append((topic_filter, handler))
-        self._subscribe(topic_filter, wait_s=10)
+        self._subscribe(topic_filter, wait_s=10 if wait else 0)
+
+    def unsubscribe(self, topic_filter: str) -> None:
+        with self._lock:
+            self._handlers = [(f, h) for f, h in self._handlers if f != topic_filter]
+            self._client.unsubscribe(topic_filter)  # without a connection there is nothing to end
 
     def still_there(self) -> None:
         """Ask the broker for something, and wait. Raises Unreachable if it has ever ended this connection."""
