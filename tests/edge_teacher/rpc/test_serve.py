@@ -21,6 +21,7 @@ from edge_teacher.contract.errors import (
 from edge_teacher.contract.limits import CHUNK_BYTES, Limits
 from edge_teacher.contract.messages import Chunk, Control, Problem
 from edge_teacher.rpc.memory import MemoryTransport
+from edge_teacher.rpc.serve import Answer, Tensors
 from edge_teacher.rpc.transport import Message
 from tests.edge_teacher.rpc.wire import COORDINATOR, DEVICE, Ask, Said, World, noise, world
 
@@ -458,3 +459,46 @@ def test_an_answer_that_is_forgotten_is_not_sent_on() -> None:
         end = time.monotonic() + 10
         while len(here.server._outbox):
             assert time.monotonic() < end
+
+
+@pytest.mark.parametrize(("text", "status"), [("", "200"), ("fail", "500")])
+def test_a_command_is_not_executed_again_however_much_was_answered_since(
+    text: str, status: str
+) -> None:
+    with world(limits=Limits(answer_cache_bytes=250_000)) as here:
+        peer = Peer(here.broker.connect())
+        command = frame.encode(Ask(text=text))
+        peer.ask("change", command, correlation=b"command")
+        (first,) = peer.wait(1)
+        for i in range(5):
+            peer.ask(payload=frame.encode(Ask(bytes_back=100_000)), correlation=bytes([i]))
+            peer.wait(i + 2)
+        peer.ask("change", command, correlation=b"command")
+        again = peer.wait(7)[6]
+        assert again.user["status"] == first.user["status"] == status
+        assert again.payload == first.payload
+        assert len(here.device.executed) == 6
+
+
+def test_a_command_that_was_withdrawn_while_it_failed_is_not_answered(
+    here: World, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute = here.device.echo
+
+    def held(ask: Ask, tensors: Tensors) -> Answer:
+        here.device.begun.release()
+        assert here.device.may_go_on.wait(10)
+        return execute(ask, tensors)
+
+    monkeypatch.setattr(here.device, "echo", held)
+    command = frame.encode(Ask(text="fail"))
+    peer.ask("change", command)
+    assert here.device.begun.acquire(timeout=10)
+    peer.control(Control(kind="cancel", correlation=b"c1", respond_to=RESPONSE))
+    peer.fence()
+    here.device.may_go_on.set()
+    peer.ask(correlation=b"next")
+    assert [m.correlation for m in peer.wait(1)] == [b"next"]
+    peer.ask("change", command)
+    peer.fence()
+    assert len(peer.heard) == 1

@@ -60,11 +60,17 @@ class Device:
     def fail(self, ask: Ask, tensors: Tensors) -> Answer:
         raise ZeroDivisionError("the weights ran out")
 
+    def change(self, ask: Ask, tensors: Tensors) -> Answer:
+        """A command; it fails where it is asked to, after it has had its effect."""
+        answer = self.echo(ask, tensors)
+        return self.fail(ask, tensors) if ask.text == "fail" else answer
+
     def methods(self) -> dict[str, Method]:  # type: ignore[type-arg]
         return {
             "echo": Method(Ask, self.echo),
             "hold": Method(Ask, self.hold),
             "fail": Method(Ask, self.fail),
+            "change": Method(Ask, self.change, changes=True),
         }
 
 
