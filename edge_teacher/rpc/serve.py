@@ -300,7 +300,10 @@ class Server:
         if job.begun and self._methods[job.method].changes and not isinstance(error, Busy):
             raw = frame.encode(_problem(error))
             outcome = Answered(
-                frame.Encoded((raw,), len(raw)), minor=job.minor, status=error.code, of_a_command=True
+                frame.Encoded((raw,), len(raw)),
+                minor=job.minor,
+                status=error.code,
+                of_a_command=True,
             )
             self._answers.put(job.key, outcome, wait_until=0.0)
         self._refuse(job.key, error)

@@ -14,7 +14,7 @@ from edge_teacher.rpc.paho_client import read_publish
 from edge_teacher.rpc.transport import Message
 
 WAIT_S = 15
-CONNECT, PUBLISH, SUBSCRIBE, UNSUBSCRIBE, PINGREQ = 1, 3, 8, 10, 12
+CONNECT, PUBLISH, PUBACK, SUBSCRIBE, UNSUBSCRIBE, PINGREQ = 1, 3, 4, 8, 10, 12
 
 
 def packet(first: int, body: bytes) -> bytes:

@@ -155,7 +155,9 @@ def test_a_packet_that_was_begun_is_finished_before_one_that_came_meanwhile() ->
     client = FastClient(lambda message: None, CallbackAPIVersion.VERSION2)
     begun, meanwhile = bytes([0x32]) + b"begun in one thread", b"\x40\x02\0\7"
     slow = Slow(
-        lambda: client._out_packet.append(paho_client._out(0x40, memoryview(meanwhile), 7, 0, None, 0))
+        lambda: client._out_packet.append(
+            paho_client._out(0x40, memoryview(meanwhile), 7, 0, None, 0)
+        )
     )
     client._sock = slow  # type: ignore[assignment]
     client.may_write_directly = True
