@@ -29,6 +29,8 @@ class Detour:
         The subscription ends one look after the bulk connection is back: its own SUBSCRIBE travels apart,
         and between the two nobody would hear.
         """
+        if self._bulk is self._control:
+            return False
         there, self._bulk_was_there = self._bulk_was_there, self._bulk.connected
         if self._bulk_was_there:
             if self._taken and there:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import queue
 import random
 import secrets
 import threading
@@ -30,6 +29,7 @@ from edge_teacher.contract.frame import Payload
 from edge_teacher.contract.limits import BULK_ABOVE_BYTES, MIB
 from edge_teacher.contract.messages import Control, Problem
 from edge_teacher.contract.versions import BULK_SINCE, minor_of
+from edge_teacher.rpc.arrivals import arrivals
 from edge_teacher.rpc.detour import Detour
 from edge_teacher.rpc.intake import Intake, Memory
 from edge_teacher.rpc.pending import Pending, backoff
@@ -192,29 +192,13 @@ class Caller:
         timeout_s: float = 60,
         packed: bool = False,
     ) -> Generator[tuple[int, Future[Payload]], None, None]:
-        """(number of the question, its finished future), as the answers come.
-
-        A body is taken from `bodies` only when it is about to be sent. Closing the iterator cancels
-        what is still outstanding.
-        """
-        done: queue.SimpleQueue[tuple[int, Future[Payload]]] = queue.SimpleQueue()
-        waiting: set[Future[Payload]] = set()
-        numbered = enumerate(bodies)
-        try:
-            while True:
-                while len(waiting) < outstanding and (item := next(numbered, None)) is not None:
-                    number, body = item
-                    future = self.submit(device, method, body, timeout_s=timeout_s, packed=packed)
-                    waiting.add(future)
-                    future.add_done_callback(lambda f, n=number: done.put((n, f)))  # type: ignore[misc]
-                if not waiting:
-                    return
-                number, future = done.get()
-                waiting.discard(future)
-                yield number, future
-        finally:
-            for future in waiting:
-                self.cancel(future)
+        """(number of the question, its finished future), as the answers come; see `arrivals`."""
+        return arrivals(
+            lambda body: self.submit(device, method, body, timeout_s=timeout_s, packed=packed),
+            self.cancel,
+            bodies,
+            outstanding=outstanding,
+        )
 
     def cancel(self, future: Future[Payload]) -> None:
         """Nobody waits for it any more, and the device is told. One already answered is left alone."""

@@ -12,6 +12,7 @@ import pytest
 from edge_teacher.contract import frame, topics
 from edge_teacher.contract.limits import CHUNK_BYTES, Limits
 from edge_teacher.contract.messages import Control
+from edge_teacher.rpc.detour import Detour
 from edge_teacher.rpc.invoke import Caller
 from edge_teacher.rpc.memory import MemoryBroker
 from edge_teacher.rpc.paho import PahoTransport
@@ -122,6 +123,22 @@ def test_without_either_connection_the_subscription_waits(here: Here) -> None:
     here.control.mend()
     assert future.result(20)
     assert here.hears_data(here.control)
+
+
+def test_a_single_connection_needs_no_way_around_itself() -> None:
+    class Returning(Line):
+        """It comes back between one look and the next."""
+
+        @property
+        def connected(self) -> bool:
+            self.up = not self.up
+            return self.up
+
+    line = Returning(MemoryBroker())
+    detour = Detour(line, line, DATA, lambda message: None)
+    assert not detour.follow()
+    assert line._handlers == []
+    line.close()
 
 
 def test_over_a_broker(mosquitto: Mosquitto) -> None:
