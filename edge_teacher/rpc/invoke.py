@@ -30,6 +30,7 @@ from edge_teacher.contract.limits import BULK_ABOVE_BYTES, MIB
 from edge_teacher.contract.messages import Control, Problem
 from edge_teacher.contract.versions import BULK_SINCE, minor_of
 from edge_teacher.rpc.arrivals import arrivals
+from edge_teacher.rpc.chunks import MOST_RANGES
 from edge_teacher.rpc.detour import Detour
 from edge_teacher.rpc.intake import Intake, Memory
 from edge_teacher.rpc.pending import Pending, backoff
@@ -385,7 +386,7 @@ class Caller:
                 if device not in (None, pending.device):
                     continue
                 if pending.sent and not pending.waits_for_memory and pending.busy is None:
-                    pending.tries = 0
+                    pending.tries, pending.ask_soon = 0, True
                     pending.next_try = now + random.uniform(0, self._tick_s)
 
     def _watch_deadlines(self) -> None:
@@ -421,11 +422,12 @@ class Caller:
         # dropped the answer, does not know the ranges any more.
         ranges = pending.tries % 2 == 0
         pending.tries += 1
+        pending.ask_soon = False
         pending.next_try = time.monotonic() + backoff(self._retry_s, pending.tries // 2)
         pending.busy = None
         try:
             parts = pending.parts
-            if ranges and parts is not None and (missing := parts.missing[:16]):
+            if ranges and parts is not None and (missing := parts.missing[:MOST_RANGES]):
                 pending.allow_again()
                 self._control(pending, pending.control("resend", ranges=missing))
             else:

@@ -78,3 +78,24 @@ def test_what_is_not_kept_is_not_sent_any_more(
     outbox.keep(lambda key: key == B)
     gate.open(9)
     assert sent == [(b"b", 0), (b"b", 1)]
+
+
+def test_credits_bring_first_what_is_missing_and_then_what_was_not_sent_yet(
+    gate: Gate, outbox: Outbox, sent: list[tuple[bytes, int]]
+) -> None:
+    """More may be lost with a connection than the two that a receiver's request brings by itself."""
+    gate.open(100)
+    large = answer(9)
+    outbox.begin(A, large)
+    for _ in range(2):
+        outbox.credit(A, 2)
+    sent.clear()
+    lost = tuple((index * CHUNK_BYTES, CHUNK_BYTES) for index in (1, 2, 3, 5))
+    outbox.resend(A, large, lost)
+    assert sent == [(b"a", 1), (b"a", 2)]
+    outbox.credit(A, 1)
+    outbox.credit(A, 2)
+    assert sent[2:] == [(b"a", 3), (b"a", 5), (b"a", 6)]
+    for _ in range(9):
+        outbox.credit(A, 2)
+    assert sent[5:] == [(b"a", 7), (b"a", 8)]
