@@ -265,6 +265,7 @@ class PahoTransport:
 
     def _on_disconnect(self, _c: Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
         self._client.may_write_directly = False
+        established = self._connected.is_set()
         self._connected.clear()
         self._lost = True
         with self._lock:
@@ -277,8 +278,26 @@ class PahoTransport:
             self._refusal = self._refusal or f"it hung up ({reason})"
             self._answered.set()
             return
+        lasted_s = time.monotonic() - self._connected_at
         if reason.value == SESSION_TAKEN_OVER:
-            self._stay_away()
+            wait_s = self._takeovers.told(lasted_s)
+            self._stay_away(wait_s)
+            log.warning(
+                "another client has connected to the broker at %s with the id %r, which ended this one's "
+                "session: give each client a name of its own; trying again in %.1f s",
+                self._address,
+                self._client_id,
+                wait_s,
+            )
+        elif established and (suspect_s := self._takeovers.suspected(lasted_s)) is not None:
+            self._stay_away(suspect_s)
+            log.warning(
+                "the broker at %s ends every connection of the client %r soon after it begins: has "
+                "another client the same id? trying again in %.1f s",
+                self._address,
+                self._client_id,
+                suspect_s,
+            )
         elif reason.is_failure:
             log.warning("lost the broker at %s: %s; reconnecting", self._address, reason)
 
@@ -287,16 +306,8 @@ class PahoTransport:
         first_s: Any = random.uniform(0.2, 0.5)  # paho says int, and takes it
         self._client.reconnect_delay_set(first_s, _LONGEST_RECONNECT_S)
 
-    def _stay_away(self) -> None:
-        wait_s: Any = self._takeovers.next_wait_s(time.monotonic() - self._connected_at)
+    def _stay_away(self, wait_s: Any) -> None:
         self._client.reconnect_delay_set(wait_s, max(_LONGEST_RECONNECT_S, wait_s))
-        log.warning(
-            "another client has connected to the broker at %s with the id %r, which ended this one's "
-            "session: give each client a name of its own; trying again in %.1f s",
-            self._address,
-            self._client_id,
-            wait_s,
-        )
 
     def _on_subscribe(
         self, _c: Client, _u: Any, identifier: int, reasons: list[ReasonCode], _p: Any

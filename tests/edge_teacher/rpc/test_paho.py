@@ -26,7 +26,7 @@ from edge_teacher.rpc.paho import PahoTransport
 from edge_teacher.rpc.serve import Server
 from edge_teacher.rpc.transport import Message
 from tests.brokers import Authority, Mosquitto, free_port
-from tests.edge_teacher.rpc.wire import DEVICE, Ask, Device, Said, noise
+from tests.edge_teacher.rpc.wire import DEVICE, Ask, Device, Said, eventually, noise
 
 WAIT_S = 20
 
@@ -156,6 +156,20 @@ def test_question_and_chunked_answer(pair: tuple[PahoTransport, PahoTransport]) 
     finally:
         caller.close()
         server.drain()
+
+
+def test_two_clients_of_one_id_are_told_of_it_and_do_not_fight_for_long(
+    mosquitto: Mosquitto, caplog: pytest.LogCaptureFixture
+) -> None:
+    """This broker gives no reason: it just hangs up."""
+    ends = [PahoTransport(mosquitto.address, "d1") for _ in range(2)]
+    try:
+        eventually(lambda: "client 'd1' soon after it begins: has another client" in caplog.text)
+        waits = [end._client._reconnect_min_delay for end in ends]
+        assert max(waits) >= 1.5
+    finally:
+        for end in ends:
+            end.close()
 
 
 class TestUnreachable:

@@ -146,7 +146,7 @@ def test_a_session_taken_over_is_said_once_by_its_name_and_not_fought_for(
 class TestTakeovers:
     def test_each_in_a_row_waits_longer_up_to_a_minute_and_off_the_beat(self) -> None:
         takeovers = Takeovers()
-        waits = [takeovers.next_wait_s(5) for _ in range(20)]
+        waits = [takeovers.told(5) for _ in range(20)]
         for i, wait in enumerate(waits):
             assert 0.75 * min(60, 2**i) <= wait <= 1.25 * min(60, 2**i)
         assert len(set(waits[6:])) > 10
@@ -154,8 +154,16 @@ class TestTakeovers:
     def test_after_a_long_session_it_begins_anew(self) -> None:
         takeovers = Takeovers()
         for _ in range(5):
-            takeovers.next_wait_s(5)
-        assert takeovers.next_wait_s(1000) <= 1.25
+            takeovers.told(5)
+        assert takeovers.told(1000) <= 1.25
+
+    def test_brief_sessions_without_a_reason_are_suspicious_after_a_while(self) -> None:
+        takeovers = Takeovers()
+        assert [takeovers.suspected(0.3) for _ in range(4)] == [None] * 4
+        waits = [takeovers.suspected(2.4) for _ in range(20)]  # as long as the other stays away
+        assert all(wait is not None and 1.5 <= wait <= 2.5 for wait in waits)
+        assert takeovers.suspected(10) is None
+        assert takeovers.suspected(0.3) is None
 
 
 NOT_UTF8 = b"\xff\xfe"
