@@ -24,7 +24,7 @@ from edge_teacher.contract.limits import CHUNK_BYTES, KIB, MAX_PACKET_BYTES, UPL
 from edge_teacher.rpc.address import BrokerAddress
 from edge_teacher.rpc.paho_client import FastClient, PackedProperties
 from edge_teacher.rpc.socket_buffers import SocketBuffers
-from edge_teacher.rpc.takeover import SESSION_TAKEN_OVER, Takeovers
+from edge_teacher.rpc.takeover import HUNG_UP, SESSION_TAKEN_OVER, Takeovers
 from edge_teacher.rpc.transport import Handler, Message, deliver, matches
 
 log = logging.getLogger(__name__)
@@ -245,11 +245,12 @@ class PahoTransport:
         self._come_back_soon()
         unacknowledged = min(_SENT_UNACKNOWLEDGED, getattr(said, "ReceiveMaximum", 65535))
         self._most_unacknowledged = max(1, min(_MOST_CHUNKS_UNACKNOWLEDGED, unacknowledged - 1))
-        self._client.resend_within(unacknowledged)
         with self._lock:
             filters = [topic_filter for topic_filter, _ in self._handlers]
         for topic_filter in filters:
             self._subscribe(topic_filter)
+        # Behind the subscriptions: what is sent again may be answered at once.
+        self._client.resend_within(unacknowledged)
         with self._lock:
             # Together: an action added meanwhile is run here or by who adds it, never by both.
             self._connected.set()
@@ -289,7 +290,11 @@ class PahoTransport:
                 self._client_id,
                 wait_s,
             )
-        elif established and (suspect_s := self._takeovers.suspected(lasted_s)) is not None:
+        elif (
+            established
+            and reason.value == HUNG_UP
+            and (suspect_s := self._takeovers.suspected(lasted_s)) is not None
+        ):
             self._stay_away(suspect_s)
             log.warning(
                 "the broker at %s ends every connection of the client %r soon after it begins: has "

@@ -174,7 +174,7 @@ class FastClient(Client):
         except NotUtf8 as error:
             # Acknowledged, or the broker would keep it, and a place of the Receive Maximum, for ever.
             self.unreadable += 1
-            log.warning("refused a message, the %d. of this connection: %s", self.unreadable, error)
+            log.warning("refused a message, the %d. of its kind: %s", self.unreadable, error)
             return self._acknowledge(error.identifier)
         except (ValueError, struct.error, IndexError):
             return MQTTErrorCode.MQTT_ERR_PROTOCOL

@@ -57,7 +57,8 @@ class Method(Generic[Request]):
     request: type[Request]
     answer: Callable[[Request, Tensors], Answer]
     changes: bool = False
-    """A command: its outcome is remembered whatever else needs the memory, also if it failed."""
+    """A command: its outcome, which must be small, is remembered whatever else needs the memory, also if it
+    failed."""
 
 
 @dataclass

@@ -7,6 +7,9 @@ import random
 SESSION_TAKEN_OVER = 0x8E
 """The broker's reason in DISCONNECT (MQTT 5.0, section 3.14.2.1). mosquitto 2.0.11 gives none at all."""
 
+HUNG_UP = 0x80
+"""What paho says of a connection that ended without a DISCONNECT."""
+
 _FIRST_S = 1.0
 _LONGEST_S = 60.0
 _SETTLED_S = 300.0

@@ -109,6 +109,8 @@ def test_no_more_is_sent_than_the_broker_takes_also_after_a_reconnection(ends: E
     eventually(lambda: len(sent(1)) >= 3)
     fence()
     assert sent(1) == said[1:4]
+    kinds = [heard.kind for heard in broker.heard if heard.connection == 1]
+    assert kinds.index(SUBSCRIBE) < kinds.index(PUBLISH)
     for i in range(8):
         eventually(lambda n=i: len(sent(1)) > n)  # type: ignore[misc]
         broker.acknowledge([h for h in broker.of(PUBLISH) if h.connection == 1][i])
