@@ -199,6 +199,13 @@ def begun(folder: Path) -> bool:
     return _path(folder).exists()
 
 
+def lost_in(folder: Path) -> set[str]:
+    """The teachers that the run in `folder` is going on without; none if there is no run."""
+    if not begun(folder):
+        return set()
+    return {one.teacher for one in _read(_path(folder)).record.lost if not one.back}
+
+
 def fingerprint(data: TaskData) -> str:
     """SHA-256 over the images, labels and classes of a task."""
     digest = hashlib.sha256()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from coordinator.encodings import Came, Encoding, EncodingLedger, choose
 from coordinator.uploads import upload
 from edge_teacher.contract import frame, quantised
-from edge_teacher.contract.errors import Malformed, NotFound
+from edge_teacher.contract.errors import Malformed, NotFound, TooLarge
 from edge_teacher.contract.frame import Payload
 from edge_teacher.contract.images import Images, blocks, check_images, image_block_id
 from edge_teacher.contract.messages import Answered, Card, Dtype, PutImages, Received
@@ -25,6 +25,9 @@ OUTSTANDING = 2
 
 PATIENCE_S = 120.0
 """How long one answer may take."""
+
+_ATTEMPTS = 4
+"""How often a block that is gone again is sent once more: others may ask the device, and need its store."""
 
 Query = Callable[[str], msgspec.Struct]
 """Block id -> the query about it."""
@@ -122,21 +125,41 @@ class Questions:
             try:
                 payload = future.result()
             except NotFound:
-                # Evicted, or the device has restarted: send the block again, once.
-                self._sent.discard(image_block_id(block))
-                body = self._body(block, asked)
-                payload = self._caller.submit(
-                    self.device,
-                    asked.method,
-                    body,
-                    None if along is None else along[number],
-                    timeout_s=self._timeout_s,
-                    packed=asked.encoding.packed,
-                ).result()
+                tensors = None if along is None else along[number]
+                payload = self._ask_again(block, asked, tensors)
             early[number] = self._answer(payload, block, asked)
             while due in early:
                 yield early.pop(due)
                 due += 1
+
+    def _ask_again(self, block: Images, asked: _Asked, tensors: Tensors | None) -> Payload:
+        """The device has evicted the block, or restarted, or it has not got something else.
+
+        Raises NotFound for something else, and for a block that it does not keep until it is asked about.
+        """
+        block_id = image_block_id(block)
+        for _ in range(_ATTEMPTS):
+            sent = self._put(block, block_id)
+            answer = self._caller.submit(
+                self.device,
+                asked.method,
+                asked.about(block_id),
+                tensors,
+                timeout_s=self._timeout_s,
+                packed=asked.encoding.packed,
+            )
+            try:
+                return answer.result()
+            except NotFound:
+                if not sent:  # it does hold the block
+                    raise
+        self._sent.discard(block_id)
+        raise NotFound(
+            f"{self.device} has evicted the image block {block_id} ({block.nbytes:,} bytes) "
+            f"{_ATTEMPTS + 1} times before it could answer {asked.method}: its store of "
+            f"{self._limits.image_store_bytes:,} bytes is too small for all who ask it; ask "
+            "about fewer images at once, or from fewer coordinators"
+        )
 
     def dtype(self) -> Dtype | None:
         """What answers should travel as, by the speed of the link; None before that is known."""
@@ -170,8 +193,19 @@ class Questions:
             self._ledger.note(self.device, asked.encoding, came, asked.link_bytes_per_s)
         return answered, values
 
-    def _put(self, block: Images, block_id: str) -> None:
+    def _put(self, block: Images, block_id: str) -> bool:
+        """Have the device hold it; whether anything was missing. Raises TooLarge, and what it answers."""
+        most = min(self._limits.max_block_bytes, self._limits.image_store_bytes)
+        if block.nbytes > most:
+            raise TooLarge(
+                f"{self.device} cannot hold the image block {block_id}: it has {block.nbytes:,} bytes, "
+                f"and the device takes {most:,}; ask about fewer images at once"
+            )
+        pieces = 0
+
         def send(offset: int, piece: NDArray[np.uint8]) -> int:
+            nonlocal pieces
+            pieces += piece.size > 0
             received, _ = self._caller.call(
                 self.device,
                 "put_images",
@@ -184,3 +218,4 @@ class Questions:
 
         upload(block.reshape(-1), send, to=self.device)
         self._sent.add(block_id)
+        return pieces > 0

@@ -74,8 +74,11 @@ class AnswerStore:
         self._records: NDArray[np.float16] | None = None
 
     def close(self) -> None:
-        self._records = None
-        os.close(self._in_use)
+        with self._lock:
+            self._records = None
+            # Never again by its number, which may be another file's by then.
+            descriptor, self._in_use = self._in_use, -1
+            os.close(descriptor)
 
     def find(self, keys: Keys) -> NDArray[np.int64]:
         """Where the answers for `keys` [N] are: positions int64[N], -1 for what is not there."""
@@ -218,8 +221,9 @@ class AnswerStore:
             self.damaged += 1
         new = whole == 0
         # First the records, and only when they are on disk the entries that vouch for them.
-        _append(self.folder / RECORDS, whole * self._record_bytes, answers.data)
-        _append(self.folder / INDEX, whole * _ENTRY.itemsize, entries.data)
+        _append(self.folder / RECORDS, whole * self._record_bytes, answers.data, 0)
+        # An entry that others may have seen stays: they would read its record where none is.
+        _append(self.folder / INDEX, whole * _ENTRY.itemsize, entries.data, _ENTRY.itemsize)
         if new:
             sync_folder(self.folder)
 
@@ -259,19 +263,24 @@ def _same(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _append(path: Path, at: int, data: memoryview) -> None:
-    """Write at `at`, the end of what counts in the file. What does not is cut off, also on an error."""
+def _append(path: Path, at: int, data: memoryview, keep: int) -> None:
+    """Write at `at`, the end of what counts in the file. What does not count is cut off.
+
+    On an error whole pieces of `keep` bytes stay, and with 0 nothing does.
+    """
+    rest = data.cast("B")
+    end = at
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         os.ftruncate(descriptor, at)
         try:
-            rest = data.cast("B")
             while len(rest):
-                written = os.pwrite(descriptor, rest, at + len(data.cast("B")) - len(rest))
+                written = os.pwrite(descriptor, rest, end)
+                end += written
                 rest = rest[written:]
             os.fsync(descriptor)
         except OSError:
-            os.ftruncate(descriptor, at)
+            os.ftruncate(descriptor, end - (end - at) % keep if keep else at)
             raise
     finally:
         os.close(descriptor)

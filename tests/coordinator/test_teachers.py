@@ -230,6 +230,19 @@ def test_a_folder_that_cannot_be_written_is_said_too(tmp_path: Path) -> None:
     assert len(said) == 1
 
 
+def test_what_a_device_says_of_its_bundle_leads_nowhere_else(tmp_path: Path) -> None:
+    with world(tmp_path / "world") as here:
+        (tmp_path / "world").mkdir()
+        card = msgspec.structs.replace(here.add("d1"), bundle="../../outside")
+        cache = AnswerCache(tmp_path / "a" / "cache")
+        RemoteTeacher(here.caller, card, cache).saliency(IMAGES)
+        again = RemoteTeacher(here.caller, card, cache).saliency(IMAGES)
+        assert np.allclose(again, SALIENCY, atol=1e-3)
+        assert here.asked().count("saliency") == 1
+    assert not (tmp_path / "outside").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "world"}
+
+
 class TestCoarse:
     """What travelled as u8 is no substitute for what travels as fp16; the other way round it is."""
 

@@ -138,10 +138,10 @@ def test_a_crash_between_the_records_and_the_index_loses_that_append_only(
     store.append(KEYS[:10], ANSWERS[:10])
     written = store_module._append
 
-    def crash(path: Path, at: int, data: memoryview) -> None:
+    def crash(path: Path, at: int, data: memoryview, keep: int) -> None:
         if path.name == "index":
             raise KeyboardInterrupt
-        written(path, at, data)
+        written(path, at, data, keep)
 
     monkeypatch.setattr(store_module, "_append", crash)
     with pytest.raises(KeyboardInterrupt):
@@ -193,6 +193,33 @@ def test_a_full_disk_leaves_what_was_there(filled: Path, monkeypatch: pytest.Mon
     store.append(image_keys(more), np.ones((30, 2, 3), np.float16))
     assert store.damaged == 0
     assert len(held(store, image_keys(more))) == 30
+
+
+def test_a_disk_that_is_full_in_the_middle_of_the_index_keeps_its_whole_entries(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = image_keys(pictures(5, seed=4))
+    answers = np.arange(30, dtype=np.float16).reshape(5, 2, 3)
+    really = os.pwrite
+
+    def pwrite(descriptor: int, data: memoryview, at: int) -> int:
+        if at == 20 * 40 and len(data) == 5 * 40:
+            return really(descriptor, data[:100], at)
+        if at == 20 * 40 + 100:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return really(descriptor, data, at)
+
+    store, other = opened(filled), opened(filled)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(OSError, match="No space left"):
+        store.append(more, answers)
+    monkeypatch.undo()
+    assert (filled / "index").stat().st_size == 22 * 40
+    seen = held(other, more)
+    assert sorted(seen) == [0, 1]
+    store.append(more, answers)
+    assert all(np.array_equal(found, answers[i]) for i, found in held(other, more).items())
+    assert len(held(other, more)) == 5
 
 
 def test_an_answer_of_another_shape_is_refused(filled: Path) -> None:
