@@ -80,7 +80,8 @@ def _prune(options: argparse.Namespace) -> int:
         if done.removed:
             stdout.print(_table(done.removed))
         gone = sum(s.bytes for s in done.removed)
-        stdout.print(f"Removed {len(done.removed)} stores, {gone:,} bytes")
+        stores = "store" if len(done.removed) == 1 else "stores"
+        stdout.print(f"Removed {len(done.removed)} {stores}, {gone:,} bytes")
     for store in done.kept:
         stderr.print(
             printable(
@@ -97,7 +98,7 @@ def _table(stores: tuple[StoreSummary, ...]) -> Table:
     for store in stores:
         cells = (
             store.teacher,
-            store.bundle[:12],
+            store.bundle[:8],
             _question(store),
             "{} × {}".format(*store.image_size),
             f"{store.images:,}",

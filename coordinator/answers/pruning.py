@@ -56,7 +56,7 @@ class Pruned(msgspec.Struct, frozen=True, kw_only=True):
 def survey(cache: Path) -> Survey:
     """Everything in `cache`, by teacher and question. Raises UsageError if it is no folder."""
     if not cache.is_dir():
-        raise UsageError(f"{cache} is no folder: name the runs whose answers are meant with --runs")
+        raise UsageError(f"{cache} is no folder: name that of the answers with --answers")
     found, unreadable = [], []
     for in_use in sorted(cache.glob(f"*/*/{IN_USE}")):
         folder = in_use.parent
@@ -94,7 +94,7 @@ def prune(
     for name in teachers:
         if not any(name in (s.teacher, s.bundle) for s in stores):
             known = ", ".join(sorted({s.teacher for s in stores})) or "nobody"
-            raise UsageError(f"nothing is remembered of {name!r}; of {known} it is")
+            raise UsageError(f"nothing is remembered of {name!r}, only of {known}")
     scope = [s for s in stores if not teachers or {s.teacher, s.bundle} & set(teachers)]
     scope.sort(key=lambda s: s.last_used_unix_s)
     every = unused_days is None and keep_bytes is None

@@ -95,7 +95,7 @@ def test_by_teacher(cache: Path) -> None:
 
 
 def test_nobody_is_guessed_and_nothing_goes_unsaid(cache: Path) -> None:
-    with pytest.raises(UsageError, match="nothing is remembered of 'd9'; of d1, d2 it is"):
+    with pytest.raises(UsageError, match="nothing is remembered of 'd9', only of d1, d2"):
         prune(cache, teachers=["d9"], unused_days=0)
     with pytest.raises(UsageError, match="say what is to go"):
         prune(cache)
@@ -167,7 +167,7 @@ class TestCommand:
         done = msgspec.json.decode(capsys.readouterr().out, type=Pruned)
         assert names(done.removed) == ["d2 features", "d2 saliency"]
         assert self.run("prune", "--answers", cache, "--keep-bytes", "1k") == 0
-        assert "Removed 1 stores" in capsys.readouterr().out
+        assert "Removed 1 store," in capsys.readouterr().out
 
     def test_what_is_in_use_is_exit_code_1(
         self, cache: Path, capsys: pytest.CaptureFixture[str]

@@ -106,7 +106,7 @@ def test_the_oracle_takes_the_set_that_turns_out_best() -> None:
     y = labels(12, 2)
     names = ["a", "b", "c", "d"]
     shown = evidence(y, {n: telling(y, {0}, i) for i, n in enumerate(names)})
-    with pytest.raises(UsageError, match="data.test"):
+    with pytest.raises(UsageError, match=r"data\.test"):
         select("oracle", shown, 2, RNG(0))
     worth = {("a", "c"): 0.9}
     judged = Evidence(
