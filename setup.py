@@ -29,7 +29,7 @@ COORDINATOR = [
 # Packed answers: worth having on a slow link, and offered only where it is installed.
 ZSTD = ["zstandard>=0.22"]
 # Peers that the transport is measured against.
-BENCHMARKS = ["grpcio>=1.60"]
+BENCHMARKS = ["grpcio>=1.60", "matplotlib>=3.8"]
 TEST = [
     "hypothesis>=6.100",
     "import-linter>=2.1",
