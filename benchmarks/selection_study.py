@@ -60,6 +60,7 @@ class Case:
     def __post_init__(self) -> None:
         self.targets = np.eye(len(self.probe.classes), dtype=np.float32)[self.probe.labels]
         self._judged: dict[str, float] = {}
+        self._seen: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
         if self.kept.exists():
             self._judged = msgspec.json.decode(self.kept.read_bytes())
 
@@ -67,14 +68,23 @@ class Case:
         """The truth about a set."""
         key = ",".join(map(str, chosen))
         if key not in self._judged:
-            fleet = self.fleet
+            probe, test = zip(*(self._pooled(i) for i in chosen), strict=True)
             self._judged[key] = probe_accuracy(
-                np.concatenate([fleet.pooled(i, self.probe.images) for i in chosen], axis=1),
+                np.concatenate(probe, axis=1),
                 self.probe.labels,
-                np.concatenate([fleet.pooled(i, self.test.images) for i in chosen], axis=1),
+                np.concatenate(test, axis=1),
                 self.test.labels,
             )
         return self._judged[key]
+
+    def _pooled(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Of the probe and of the test images."""
+        if index not in self._seen:
+            self._seen[index] = (
+                self.fleet.pooled(index, self.probe.images),
+                self.fleet.pooled(index, self.test.images),
+            )
+        return self._seen[index]
 
     def keep(self) -> None:
         self.kept.parent.mkdir(parents=True, exist_ok=True)
