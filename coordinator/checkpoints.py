@@ -17,9 +17,10 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from coordinator.config import BrokerConfig, Config, config_toml
+from coordinator.config import BrokerConfig, Config, DistributedConfig, config_toml
 from coordinator.data import TaskData
 from coordinator.files import load_tensors, save_tensors
+from coordinator.ranks import ALONE, Ranks
 from coordinator.selection import Selection
 from edge_teacher.contract.errors import UsageError
 
@@ -95,31 +96,49 @@ class Run:
         nets: dict[str, State],
         midway: Midway | None = None,
         random: dict[str, Tensor] | None = None,
+        *,
+        written: bool = True,
     ) -> None:
+        """Where it is not `written`, another process keeps it on disk."""
         self.folder = folder
         self.record = record
         self.nets = nets
         self.midway = midway
         self.random = random or {}
+        self.written = written
         self._running: dict[str, float] = {}
 
     @classmethod
-    def open(cls, folder: Path, config: Config, data: TaskData, teachers: Mapping[str, str]) -> Run:
+    def open(
+        cls,
+        folder: Path,
+        config: Config,
+        data: TaskData,
+        teachers: Mapping[str, str],
+        ranks: Ranks = ALONE,
+    ) -> Run:
         """Begin a run in `folder`, or go on with the one that is there.
 
         Raises UsageError if the run there was started with other settings, data or teachers: going
-        on would mix two experiments.
+        on would mix two experiments. Only the first of several processes has the folder.
         """
         fresh = Record(_settings(config), fingerprint(data), dict(sorted(teachers.items())))
+        for what in ("config", "data", "teachers"):
+            ranks.require_same(f"the {what}", getattr(fresh, what))
+        run = ranks.first_does(lambda: cls._open(folder, fresh))
+        run.written = ranks.first
+        return run
+
+    @classmethod
+    def _open(cls, folder: Path, fresh: Record) -> Run:
         path = _path(folder)
         if not path.exists():
             return cls(folder, fresh, {})
         run = _read(path)
-        record = run.record
         for what in ("config", "data", "teachers"):
-            if getattr(record, what) != getattr(fresh, what):
+            if getattr(run.record, what) != getattr(fresh, what):
                 raise UsageError(
-                    f"{folder} holds a run with other {what}{_difference(record, fresh, what)}; "
+                    f"{folder} holds a run with other {what}{_difference(run.record, fresh, what)}; "
                     "go on with the same, or name a new folder."
                 )
         return run
@@ -171,6 +190,8 @@ class Run:
         self._running[what] = now
 
     def _save(self) -> None:
+        if not self.written:
+            return
         for what in self._running:
             self._count(what)
         state = {
@@ -210,7 +231,13 @@ def _read(path: Path) -> Run:
 
 def _settings(config: Config) -> str:
     """What decides the result: not the broker, the number of threads or how often it is saved."""
-    neutral = msgspec.structs.replace(config, broker=BrokerConfig(), threads=0, checkpoint_s=0)
+    neutral = msgspec.structs.replace(
+        config,
+        broker=BrokerConfig(),
+        distributed=DistributedConfig(),
+        threads=0,
+        checkpoint_s=0,
+    )
     return config_toml(neutral)
 
 

@@ -50,6 +50,9 @@ class StudentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         int,
         Meta(ge=8, le=256, description="of the first stage; the others have 2 and 6 times as many"),
     ] = 24
+    device: Annotated[
+        Literal["cpu", "cuda"], Meta(description="where it is trained: cpu or cuda")
+    ] = "cpu"
 
     largest_drop: Annotated[
         float,
@@ -122,6 +125,17 @@ class ScratchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rate: Annotated[float, Meta(gt=0, description="the greatest learning rate")] = 0.05
 
 
+class DistributedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Several processes, started with torchrun, that train one student."""
+
+    join_s: Annotated[
+        float, Meta(gt=0, description="seconds in which all processes must have met")
+    ] = 120.0
+    silence_s: Annotated[
+        float, Meta(gt=0, description="seconds that a process waits for what another is doing")
+    ] = 1800.0
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All of it."""
 
@@ -142,6 +156,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     head: HeadConfig = HeadConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     scratch: ScratchConfig = ScratchConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
 
 def load_config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,8 @@ def run_demo(options: DemoOptions) -> Report:
             f"there are no teacher bundles in {options.examples / 'teachers'}: run this from a clone "
             "of the repository, or name its examples with --examples"
         )
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError("the demo is one process; `fedsa train` is what torchrun can start")
     timings = Timings()
     folder = options.folder
     with timings.of("data"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from coordinator.fleet import Device
 from coordinator.packaging import PackagedStudent, next_version, package_student
 from coordinator.parallel import in_parallel
 from coordinator.progress import Progress
+from coordinator.ranks import ALONE, Ranks
 from coordinator.report import (
     TOTAL,
     Accuracy,
@@ -38,7 +40,8 @@ from coordinator.report import (
 )
 from coordinator.rollout import predict, roll_out
 from coordinator.selection import Evidence, Selection, common_size, similarities
-from coordinator.teachers import AnswerCache, RemoteTeacher
+from coordinator.shared_teachers import shared
+from coordinator.teachers import AnswerCache, RemoteTeacher, Teacher
 from coordinator.training import TrainingResult, train
 from edge_teacher.contract.errors import CheckFailed
 from edge_teacher.files import write_atomically
@@ -79,6 +82,33 @@ class TaskRun:
     key: Ed25519PrivateKey
     """Signs the student."""
     deploy: bool
+    ranks: Ranks = ALONE
+
+
+def train_along(
+    config: Config,
+    data: TaskData,
+    cache: Path,
+    ranks: Ranks,
+    connection: Connection,
+    devices: Sequence[Device],
+) -> None:
+    """What of `run_task` all processes but the first do: ask their share, and train."""
+    teachers = _teachers(connection, devices, cache, EncodingLedger(), ranks)
+    # Nothing is written there.
+    train(config, data, teachers, Path(os.devnull), ranks=ranks)
+
+
+def _teachers(
+    connection: Connection,
+    devices: Sequence[Device],
+    cache: Path,
+    ledger: EncodingLedger,
+    ranks: Ranks,
+) -> dict[str, Teacher]:
+    answers = AnswerCache(cache)
+    remote = {d.name: RemoteTeacher(connection.caller, d.card, answers, ledger) for d in devices}
+    return shared(remote, ranks)
 
 
 def run_task(
@@ -95,10 +125,9 @@ def run_task(
     """
     began = time.monotonic()
     started = datetime.now().astimezone().isoformat(timespec="seconds")
-    cache = AnswerCache(run.cache)
     ledger = EncodingLedger()
-    teachers = {d.name: RemoteTeacher(connection.caller, d.card, cache, ledger) for d in devices}
-    result = train(run.config, run.data, teachers, run.folder, progress)
+    teachers = _teachers(connection, devices, run.cache, ledger, run.ranks)
+    result = train(run.config, run.data, teachers, run.folder, progress, run.ranks)
     timings.seconds.update({stage: round(s, 2) for stage, s in result.seconds.items()})
 
     progress.begin("export", 1)
@@ -127,7 +156,7 @@ def run_task(
             broker=connection.broker,
             task=_task(run),
             strategy=result.selections[-1].selection.strategy,
-            teachers=_teachers(result.selections[-1].selection, devices),
+            teachers=_results(result.selections[-1].selection, devices),
             rounds=tuple(
                 Round(number=s.round + 1, weights=s.selection.weights) for s in result.selections
             ),
@@ -227,7 +256,7 @@ def _accuracy(
     )
 
 
-def _teachers(selection: Selection, devices: Sequence[Device]) -> tuple[TeacherResult, ...]:
+def _results(selection: Selection, devices: Sequence[Device]) -> tuple[TeacherResult, ...]:
     cards = {d.name: d.card for d in devices}
     results = []
     for score in selection.teachers:

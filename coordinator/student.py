@@ -93,7 +93,8 @@ class Student(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8[N, H, W, 3] -> float[N, 3, H, W], of mean 0 and deviation 1 over the data set."""
-        return (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        pixels = images.to(self.mean.device).permute(0, 3, 1, 2).float()
+        return (pixels - self.mean) / self.std
 
     def feature_map(self, images: Tensor) -> Tensor:
         """uint8[N, H, W, 3] -> the last feature map, float[N, C, h, w]."""
@@ -132,7 +133,7 @@ def grad_cam(student: Student, images: NDArray[np.uint8]) -> NDArray[np.float32]
         alpha = gradient.mean((2, 3), keepdim=True)
         maps.append(scale_maps(torch.relu((alpha * features.detach()).sum(1))))
     student.train(was_training)
-    result: NDArray[np.float32] = torch.cat(maps).numpy()
+    result: NDArray[np.float32] = torch.cat(maps).cpu().numpy()
     return result
 
 
@@ -150,7 +151,7 @@ def predict(student: Student, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     student.eval()
     logits = torch.cat([student(batch) for batch in _batches(images)])
     student.train(was_training)
-    result: NDArray[np.float32] = logits.numpy()
+    result: NDArray[np.float32] = logits.cpu().numpy()
     return result
 
 
@@ -161,7 +162,7 @@ def pooled_features(student: Student, images: NDArray[np.uint8]) -> Tensor:
     student.eval()
     pooled = torch.cat([student.feature_map(batch).mean((2, 3)) for batch in _batches(images)])
     student.train(was_training)
-    return pooled
+    return pooled.cpu()
 
 
 def _batches(images: NDArray[np.uint8]) -> Iterator[Tensor]:

@@ -32,6 +32,7 @@ from coordinator.loop import Drawn, Lesson, Loop
 from coordinator.optimisation import OneCycle, stage_generator, steps_per_epoch
 from coordinator.parallel import in_parallel
 from coordinator.progress import Progress, Silent
+from coordinator.ranks import ALONE, Ranks
 from coordinator.selection import Evidence, select
 from coordinator.student import (
     Student,
@@ -70,31 +71,37 @@ def train(
     teachers: Mapping[str, Teacher],
     folder: Path,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainingResult:
     """Train a student for `data` from `teachers`, keeping state in `folder`.
 
     Writes `folder`/checkpoint.pt after every stage and every `config.checkpoint_s` seconds within
     one, and `folder`/student.pt at the end. Raises
     UsageError without teachers or if `folder` holds another run, CheckFailed for an answer that
-    makes no sense, and whatever a teacher raises.
+    makes no sense, and whatever a teacher raises. Of several processes, `ranks`, only the first writes;
+    `teachers` are then those that all of them ask together.
     """
     if not teachers:
         raise UsageError("There is no teacher to learn from; start at least one device.")
     require_enough(config, len(teachers))
     progress = progress or Silent()
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-    run = Run.open(folder, config, data, {name: t.identity for name, t in teachers.items()})
+    require_shares(config, data, ranks)
+    cores = max(1, len(os.sched_getaffinity(0)) // ranks.local_world)
+    torch.set_num_threads(config.threads or cores)
+    device = ranks.device(config.student.device)
+    identities = {name: teacher.identity for name, teacher in teachers.items()}
+    run = Run.open(folder, config, data, identities, ranks)
     spec = StudentSpec.of_images(data.transfer, data.probe.classes, config.student.channels)
 
     def stage(name: str) -> _Stage:
-        return _Stage(name, config, data, run, progress)
+        return _Stage(name, config, data, run, progress, ranks)
 
-    scratch = _new_student(spec, config.seed)
+    scratch = _new_student(spec, config.seed).to(device)
     if config.scratch.epochs:
         _learn_labels(stage("scratch"), "scratch", scratch, config.scratch)
 
     # The same first weights as the baseline's: what differs in the end is what the teachers gave.
-    student = _new_student(spec, config.seed)
+    student = _new_student(spec, config.seed).to(device)
     _learn_labels(stage("warm-up"), "student", student, config.warmup)
 
     teacher_maps = _saliency(stage("saliency"), teachers)
@@ -120,7 +127,8 @@ def train(
 
     student.eval()
     scratch.eval()
-    save_student(student, folder / "student.pt")
+    if ranks.first:
+        save_student(student, folder / "student.pt")
     trained = {"fedsa": student} | ({"scratch": scratch} if config.scratch.epochs else {})
     if data.test is not None:
         for name, net in trained.items():
@@ -147,6 +155,22 @@ def require_enough(config: Config, teachers: int) -> None:
         )
 
 
+def require_shares(config: Config, data: TaskData, ranks: Ranks) -> None:
+    """Every process needs two images of every step: batch norm has a variance. Raises UsageError."""
+    if ranks.alone:
+        return
+    if config.batch % ranks.world or config.batch < 2 * ranks.world:
+        raise UsageError(
+            f"batch is {config.batch}, which {ranks.world} processes cannot share equally, two images "
+            f"each at least; choose a multiple of {ranks.world} from {2 * ranks.world} on."
+        )
+    if len(data.probe) < 2 * ranks.world:
+        raise UsageError(
+            f"the probe set has {len(data.probe)} images and {ranks.world} processes need two each; "
+            "start fewer."
+        )
+
+
 @dataclass(frozen=True)
 class _Stage:
     """One stage of the run, and what every stage needs."""
@@ -156,6 +180,7 @@ class _Stage:
     data: TaskData
     run: Run
     progress: Progress
+    ranks: Ranks
 
     def resumed(self, **nets: nn.Module) -> bool:
         """Whether an earlier run finished this stage; then the nets are as it left them."""
@@ -180,6 +205,7 @@ class _Stage:
             batch=config.batch,
             weight_decay=config.weight_decay,
             checkpoint_s=config.checkpoint_s,
+            ranks=self.ranks,
         )
         loop.learn(lesson, random)
 
@@ -190,7 +216,7 @@ class _Stage:
         """Add a point to the learning curve. The test set is for reports: nothing depends on it."""
         test, record = self.data.test, self.run.record
         reached = accuracy(student, test.images, test.labels) if test else None
-        loss = float(np.mean(record.losses))
+        loss = self.ranks.mean(float(np.mean(record.losses)))
         record.curve.append(CurvePoint(self.name, images, loss, reached))
         record.losses.clear()
 
@@ -215,7 +241,7 @@ def _learn_labels(
 
     def loss(drawn: Drawn) -> tuple[Tensor, Losses]:
         logits = student(drawn.jitter.images(images[drawn.index]))
-        value = F.cross_entropy(logits, labels[drawn.index])
+        value = F.cross_entropy(logits, labels[drawn.index].to(logits.device))
         return value, Losses(float(value.detach()))
 
     steps = recipe.epochs * steps_per_epoch(len(probe), config.batch)
@@ -261,7 +287,10 @@ def _select(
     with stage.run.timed(stage.name):
         evidence = Evidence(grad_cam(student, stage.data.probe.images), teacher_maps)
         rng = np.random.default_rng([config.seed, number])
-        selection = select(config.selection.strategy, evidence, config.selection.k, rng)
+        # One decides for all: machines that round differently could choose different teachers.
+        selection = stage.ranks.first_does(
+            lambda: select(config.selection.strategy, evidence, config.selection.k, rng)
+        )
     stage.run.record.selections.append(RoundSelection(number, selection))
     shares = ", ".join(f"{name} ({weight:.2f})" for name, weight in selection.weights.items())
     stage.progress.say(f"Selected before round {number + 1}: {shares}")
@@ -373,7 +402,7 @@ def _fine_tune(stage: _Stage, task: AmalgamationTask) -> None:
 
     def loss(labelled: Drawn, kept: Drawn) -> tuple[Tensor, Losses]:
         logits = student(labelled.jitter.images(images[labelled.index]))
-        value = F.cross_entropy(logits, labels[labelled.index])
+        value = F.cross_entropy(logits, labels[labelled.index].to(logits.device))
         value = value + task.loss(student, kept.index, kept.jitter, task.weights)[0]
         return value, Losses(float(value.detach()))
 
