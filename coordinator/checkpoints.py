@@ -54,6 +54,8 @@ class Record(msgspec.Struct):
     teachers: dict[str, str]
     """Name to identity."""
     finished: list[str] = []
+    steps: int = 0
+    """Of all stages so far."""
     losses: list[float] = []
     """Of the steps since the last point of the curve."""
     curve: list[CurvePoint] = []

@@ -21,6 +21,7 @@ from coordinator.fleet import Device
 from coordinator.pipeline import TaskRun, Timings, run_task
 from coordinator.report import Report
 from coordinator.terminal import TerminalProgress, console
+from coordinator.tracking import tracked
 from edge_teacher.contract.errors import CheckFailed, FedsaError, Unreachable, UsageError
 from edge_teacher.keys import private_key_at
 from edge_teacher.rpc.address import BrokerAddress
@@ -87,6 +88,7 @@ def _run_in(options: DemoOptions, task: TaskData, bundles: list[Path], timings: 
         local_broker(folder / "broker", kind=kind, port=options.port) as broker,
         Agents(bundles, options.examples / "teachers", broker.address, folder) as agents,
         connect(broker.address, broker=broker.name) as connection,
+        tracked(folder, f"demo-{folder.name}", options.config, console.print) as tracking,
         TerminalProgress() as progress,
     ):
         console.print(f"Broker: {broker.name} at {broker.address}")
@@ -102,6 +104,7 @@ def _run_in(options: DemoOptions, task: TaskData, bundles: list[Path], timings: 
             cache=folder / "answers",
             key=key,
             deploy=True,
+            tracking=tracking,
         )
         return run_task(run, connection, devices, progress, timings)
 

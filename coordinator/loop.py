@@ -22,6 +22,7 @@ from coordinator.checkpoints import Midway, Run
 from coordinator.optimisation import Descent, OneCycle, shuffled_batches, steps_per_epoch
 from coordinator.progress import Progress
 from coordinator.ranks import ALONE, Ranks, speaking
+from coordinator.tracking import UNTRACKED, Meter, Tracking, numbers
 from edge_teacher.contract.errors import CheckFailed
 
 _ASK_EVERY_STEPS = 16
@@ -93,6 +94,7 @@ class Loop:
         weight_decay: float,
         checkpoint_s: float,
         ranks: Ranks = ALONE,
+        tracking: Tracking = UNTRACKED,
     ) -> None:
         """`checkpoint_s` seconds of work are what a killed process loses at most, and one step."""
         self.run = run
@@ -101,6 +103,7 @@ class Loop:
         self._weight_decay = weight_decay
         self._checkpoint_s = checkpoint_s
         self._ranks = ranks
+        self._tracking = tracking
         self._saved = 0.0
 
     def learn(self, lesson: Lesson, random: torch.Generator) -> None:
@@ -128,6 +131,7 @@ class Loop:
         for module in lesson.trained:
             module.train()
         computed = self._ranks.wrap(_Computed(lesson))
+        meter = Meter(self._tracking, lesson.name)
         self._saved = time.monotonic()
         for finished in range(epoch + 1, lesson.epochs + 1):
             if midway and skip:
@@ -137,7 +141,9 @@ class Loop:
             if midway and skip:
                 random.set_state(midway.random)
             for step in range(skip, per_epoch):
-                self._step(lesson, computed, batches[step], random, descent)
+                parts = self._step(lesson, computed, batches[step], random, descent)
+                record = self.run.record
+                meter.step(record.steps, numbers(parts), descent.rate, len(batches[step]))
                 if step + 1 < per_epoch and self._due(step + 1):
                     self._save(lesson, descent, finished - 1, step + 1, epoch_random, random)
             skip = 0
@@ -148,6 +154,7 @@ class Loop:
                 lesson.measure(finished)
             if finished < lesson.epochs and self._due():
                 self._save(lesson, descent, finished, 0, random.get_state(), random)
+        meter.point(self.run.record.steps, descent.rate)
         self._progress.end()
 
     def _due(self, step: int = 0) -> bool:
@@ -163,7 +170,7 @@ class Loop:
         index: Tensor,
         random: torch.Generator,
         descent: Descent,
-    ) -> None:
+    ) -> Losses:
         drawn = lesson.draw(index, random)
         if self._ranks.alone:
             loss, parts = computed(*drawn)
@@ -182,7 +189,10 @@ class Loop:
             with speaking():
                 descent.step(loss)
         self.run.record.losses.append(parts.total)
+        self.run.record.steps += 1
         self._progress.advance(parts.total, images=len(index))
+        made: Losses = parts
+        return made
 
     def _restored(self, lesson: Lesson, random: torch.Generator) -> Midway | None:
         """Where an earlier run was in this lesson; the nets and `random` are then as they were."""

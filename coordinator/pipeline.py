@@ -42,6 +42,7 @@ from coordinator.rollout import predict, roll_out
 from coordinator.selection import Evidence, Selection, common_size, similarities
 from coordinator.shared_teachers import shared
 from coordinator.teachers import AnswerCache, RemoteTeacher, Teacher
+from coordinator.tracking import UNTRACKED, Tracking
 from coordinator.training import TrainingResult, train
 from edge_teacher.contract.errors import CheckFailed
 from edge_teacher.files import write_atomically
@@ -83,6 +84,7 @@ class TaskRun:
     """Signs the student."""
     deploy: bool
     ranks: Ranks = ALONE
+    tracking: Tracking = UNTRACKED
 
 
 def train_along(
@@ -127,7 +129,7 @@ def run_task(
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     ledger = EncodingLedger()
     teachers = _teachers(connection, devices, run.cache, ledger, run.ranks)
-    result = train(run.config, run.data, teachers, run.folder, progress, run.ranks)
+    result = train(run.config, run.data, teachers, run.folder, progress, run.ranks, run.tracking)
     timings.seconds.update({stage: round(s, 2) for stage, s in result.seconds.items()})
 
     progress.begin("export", 1)

@@ -127,6 +127,7 @@ def _train(options: argparse.Namespace) -> int:
     from coordinator.ranks import joined
     from coordinator.resume import keep
     from coordinator.terminal import TerminalProgress
+    from coordinator.tracking import tracked
     from coordinator.training import require_enough
 
     with ExitStack() as stack:
@@ -165,6 +166,7 @@ def _train(options: argparse.Namespace) -> int:
         keep(folder, begun, names)
         stderr.print(f"{len(devices)} teachers: {', '.join(names)}")
         stderr.print(f"This run is in {folder}; with --resume {folder.name} it goes on")
+        tracking = stack.enter_context(tracked(folder, folder.name, config, stderr.print))
         run = TaskRun(
             command="fedsa train",
             task=begun.task,
@@ -175,6 +177,7 @@ def _train(options: argparse.Namespace) -> int:
             key=private_key_at(Path(begun.signing_key)),
             deploy=begun.deploy,
             ranks=ranks,
+            tracking=tracking,
         )
         with TerminalProgress() as progress:
             report = run_task(run, connection, devices, progress, timings)

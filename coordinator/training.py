@@ -43,6 +43,7 @@ from coordinator.student import (
     save_student,
 )
 from coordinator.teachers import Teacher
+from coordinator.tracking import UNTRACKED, Tracking
 from edge_teacher.contract.errors import UsageError
 
 
@@ -72,6 +73,7 @@ def train(
     folder: Path,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
+    tracking: Tracking = UNTRACKED,
 ) -> TrainingResult:
     """Train a student for `data` from `teachers`, keeping state in `folder`.
 
@@ -91,10 +93,11 @@ def train(
     device = ranks.device(config.student.device)
     identities = {name: teacher.identity for name, teacher in teachers.items()}
     run = Run.open(folder, config, data, identities, ranks)
+    tracking.begin(run.record.steps)
     spec = StudentSpec.of_images(data.transfer, data.probe.classes, config.student.channels)
 
     def stage(name: str) -> _Stage:
-        return _Stage(name, config, data, run, progress, ranks)
+        return _Stage(name, config, data, run, progress, ranks, tracking)
 
     scratch = _new_student(spec, config.seed).to(device)
     if config.scratch.epochs:
@@ -181,6 +184,7 @@ class _Stage:
     run: Run
     progress: Progress
     ranks: Ranks
+    tracking: Tracking
 
     def resumed(self, **nets: nn.Module) -> bool:
         """Whether an earlier run finished this stage; then the nets are as it left them."""
@@ -206,6 +210,7 @@ class _Stage:
             weight_decay=config.weight_decay,
             checkpoint_s=config.checkpoint_s,
             ranks=self.ranks,
+            tracking=self.tracking,
         )
         loop.learn(lesson, random)
 
@@ -219,6 +224,9 @@ class _Stage:
         loss = self.ranks.mean(float(np.mean(record.losses)))
         record.curve.append(CurvePoint(self.name, images, loss, reached))
         record.losses.clear()
+        if reached is not None:
+            network = "scratch" if self.name == "scratch" else "fedsa"
+            self.tracking.write(record.steps, {f"accuracy/{network}": reached})
 
 
 def _new_student(spec: StudentSpec, seed: int) -> Student:
@@ -292,6 +300,8 @@ def _select(
             lambda: select(config.selection.strategy, evidence, config.selection.k, rng)
         )
     stage.run.record.selections.append(RoundSelection(number, selection))
+    weights = {f"selection/{name}": selection.weights.get(name, 0.0) for name in teacher_maps}
+    stage.tracking.write(stage.run.record.steps, weights)
     shares = ", ".join(f"{name} ({weight:.2f})" for name, weight in selection.weights.items())
     stage.progress.say(f"Selected before round {number + 1}: {shares}")
 
