@@ -22,6 +22,8 @@ from edge_teacher.contract.errors import UsageError
 
 _PREFIX = "FEDSA_"
 
+Architecture = Literal["residual", "mobilenet", "vgg"]
+
 
 class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Image folders, tar archives (or folders inside them), or .npz files."""
@@ -46,10 +48,19 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class StudentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The network that is trained and deployed."""
 
+    architecture: Annotated[
+        Architecture, Meta(description="one of ours: residual, mobilenet or vgg")
+    ] = "residual"
     channels: Annotated[
         int,
-        Meta(ge=8, le=256, description="of the first stage; the others have 2 and 6 times as many"),
+        Meta(ge=8, le=256, description="of the first stage; the feature map has 6 times as many"),
     ] = 24
+    module: Annotated[
+        str, Meta(description="a network of your own, package.module:factory; empty: one of ours")
+    ] = ""
+    feature_layer: Annotated[
+        str, Meta(description="of the module; its output is the feature map; empty: the module's")
+    ] = ""
     device: Annotated[
         Literal["cpu", "cuda"], Meta(description="where it is trained: cpu or cuda")
     ] = "cpu"
@@ -58,6 +69,10 @@ class StudentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         float,
         Meta(ge=0, le=1, description="of accuracy by quantising, as a fraction; more is refused"),
     ] = 0.02
+
+    def __post_init__(self) -> None:
+        if self.feature_layer and not self.module:
+            raise ValueError("feature_layer names a layer of student.module, which is not set")
 
 
 class WarmupConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -94,7 +94,14 @@ def train(
     identities = {name: teacher.identity for name, teacher in teachers.items()}
     run = Run.open(folder, config, data, identities, ranks)
     tracking.begin(run.record.steps)
-    spec = StudentSpec.of_images(data.transfer, data.probe.classes, config.student.channels)
+    spec = StudentSpec.of_images(
+        data.transfer,
+        data.probe.classes,
+        config.student.channels,
+        architecture=config.student.architecture,
+        module=config.student.module,
+        feature_layer=config.student.feature_layer,
+    )
 
     def stage(name: str) -> _Stage:
         return _Stage(name, config, data, run, progress, ranks, tracking)
