@@ -17,9 +17,16 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from coordinator.config import BrokerConfig, Config, DevicesConfig, config_toml
+from coordinator.config import (
+    BrokerConfig,
+    Config,
+    DevicesConfig,
+    DistributedConfig,
+    config_toml,
+)
 from coordinator.data import TaskData
 from coordinator.files import load_tensors, save_tensors
+from coordinator.ranks import ALONE, Ranks
 from coordinator.roster import Lost
 from coordinator.selection import Selection
 from edge_teacher.contract.errors import UsageError
@@ -54,6 +61,8 @@ class Record(msgspec.Struct):
     teachers: dict[str, str]
     """Name to identity."""
     finished: list[str] = []
+    steps: int = 0
+    """Of all stages so far."""
     losses: list[float] = []
     """Of the steps since the last point of the curve."""
     curve: list[CurvePoint] = []
@@ -98,33 +107,52 @@ class Run:
         nets: dict[str, State],
         midway: Midway | None = None,
         random: dict[str, Tensor] | None = None,
+        *,
+        written: bool = True,
     ) -> None:
+        """Where it is not `written`, another process keeps it on disk."""
         self.folder = folder
         self.record = record
         self.nets = nets
         self.midway = midway
         self.random = random or {}
+        self.written = written
         self._running: dict[str, float] = {}
 
     @classmethod
-    def open(cls, folder: Path, config: Config, data: TaskData, teachers: Mapping[str, str]) -> Run:
+    def open(
+        cls,
+        folder: Path,
+        config: Config,
+        data: TaskData,
+        teachers: Mapping[str, str],
+        ranks: Ranks = ALONE,
+    ) -> Run:
         """Begin a run in `folder`, or go on with the one that is there.
 
         Raises UsageError if the run there was started with other settings, data or teachers: going
-        on would mix two experiments. A teacher that the run had set aside may be missing.
+        on would mix two experiments. A teacher that the run had set aside may be missing. Only the
+        first of several processes has the folder.
         """
         fresh = Record(_settings(config), fingerprint(data), dict(sorted(teachers.items())))
+        for what in ("config", "data", "teachers"):
+            ranks.require_same(f"the {what}", getattr(fresh, what))
+        run = ranks.first_does(lambda: cls._open(folder, fresh))
+        run.written = ranks.first
+        return run
+
+    @classmethod
+    def _open(cls, folder: Path, fresh: Record) -> Run:
         path = _path(folder)
         if not path.exists():
             return cls(folder, fresh, {})
         run = _read(path)
-        record = run.record
         for what in ("config", "data", "teachers"):
-            if what == "teachers" and _same_but_for_the_lost(record, fresh):
+            if what == "teachers" and _same_but_for_the_lost(run.record, fresh):
                 continue
-            if getattr(record, what) != getattr(fresh, what):
+            if getattr(run.record, what) != getattr(fresh, what):
                 raise UsageError(
-                    f"{folder} holds a run with other {what}{_difference(record, fresh, what)}; "
+                    f"{folder} holds a run with other {what}{_difference(run.record, fresh, what)}; "
                     "go on with the same, or name a new folder."
                 )
         return run
@@ -182,7 +210,9 @@ class Run:
         self._running[what] = now
 
     def save(self) -> None:
-        """Put all of it on disk, as it is now."""
+        """Put all of it on disk, as it is now; unless another process does."""
+        if not self.written:
+            return
         for what in self._running:
             self._count(what)
         state = {
@@ -235,7 +265,12 @@ def _read(path: Path) -> Run:
 def _settings(config: Config) -> str:
     """What decides the result: not the broker, the threads, patience or how often it is saved."""
     neutral = msgspec.structs.replace(
-        config, broker=BrokerConfig(), threads=0, devices=DevicesConfig(), checkpoint_s=0
+        config,
+        broker=BrokerConfig(),
+        devices=DevicesConfig(),
+        distributed=DistributedConfig(),
+        threads=0,
+        checkpoint_s=0,
     )
     return config_toml(neutral)
 

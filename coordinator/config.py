@@ -22,6 +22,8 @@ from edge_teacher.contract.errors import UsageError
 
 _PREFIX = "FEDSA_"
 
+Architecture = Literal["residual", "mobilenet", "vgg"]
+
 
 class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Image folders, tar archives (or folders inside them), or .npz files."""
@@ -58,15 +60,31 @@ class DevicesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class StudentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The network that is trained and deployed."""
 
+    architecture: Annotated[
+        Architecture, Meta(description="one of ours: residual, mobilenet or vgg")
+    ] = "residual"
     channels: Annotated[
         int,
-        Meta(ge=8, le=256, description="of the first stage; the others have 2 and 6 times as many"),
+        Meta(ge=8, le=256, description="of the first stage; the feature map has 6 times as many"),
     ] = 24
+    module: Annotated[
+        str, Meta(description="a network of your own, package.module:factory; empty: one of ours")
+    ] = ""
+    feature_layer: Annotated[
+        str, Meta(description="of the module; its output is the feature map; empty: the module's")
+    ] = ""
+    device: Annotated[
+        Literal["cpu", "cuda"], Meta(description="where it is trained: cpu or cuda")
+    ] = "cpu"
 
     largest_drop: Annotated[
         float,
         Meta(ge=0, le=1, description="of accuracy by quantising, as a fraction; more is refused"),
     ] = 0.02
+
+    def __post_init__(self) -> None:
+        if self.feature_layer and not self.module:
+            raise ValueError("feature_layer names a layer of student.module, which is not set")
 
 
 class WarmupConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -136,6 +154,17 @@ class ScratchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rate: Annotated[float, Meta(gt=0, description="the greatest learning rate")] = 0.05
 
 
+class DistributedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Several processes, started with torchrun, that train one student."""
+
+    join_s: Annotated[
+        float, Meta(gt=0, description="seconds in which all processes must have met")
+    ] = 120.0
+    silence_s: Annotated[
+        float, Meta(gt=0, description="seconds that a process waits for what another is doing")
+    ] = 1800.0
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All of it."""
 
@@ -157,6 +186,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     head: HeadConfig = HeadConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     scratch: ScratchConfig = ScratchConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
 
 def load_config(

@@ -14,10 +14,12 @@ from coordinator.checkpoints import RoundSelection, Run
 from coordinator.config import Config
 from coordinator.data import TaskData, spread
 from coordinator.progress import Progress
+from coordinator.ranks import ALONE, Ranks
 from coordinator.roster import Roster
-from coordinator.selection import Evidence, select, strategy_named
+from coordinator.selection import Evidence, Selection, select, strategy_named
 from coordinator.selection.probe import judge_of
 from coordinator.student import Student, grad_cam
+from coordinator.tracking import UNTRACKED, Tracking
 from edge_teacher.contract.errors import CheckFailed
 
 SELECTION_IMAGES = 500
@@ -32,13 +34,22 @@ class Consultation:
     """
 
     def __init__(
-        self, config: Config, data: TaskData, run: Run, roster: Roster, progress: Progress
+        self,
+        config: Config,
+        data: TaskData,
+        run: Run,
+        roster: Roster,
+        progress: Progress,
+        ranks: Ranks = ALONE,
+        tracking: Tracking = UNTRACKED,
     ) -> None:
         self._config = config
         self._data = data
         self._run = run
         self._roster = roster
         self._progress = progress
+        self._ranks = ranks
+        self._tracking = tracking
         self._strategy = strategy_named(config.selection.strategy)
         self.images = spread(data.probe, SELECTION_IMAGES)
         self.teacher_maps: dict[str, NDArray[np.float32]] = {}
@@ -167,7 +178,8 @@ class Consultation:
         # Not the one that is made again: who is gone cannot stay.
         earlier = [made.selection.weights for made in record.selections if made.round < number]
         before = [name for name in earlier[-1] if name in there] if earlier else []
-        with self._timed("select"):
+
+        def chosen() -> Selection:
             evidence = Evidence(
                 grad_cam(student, probe.images),
                 there,
@@ -176,10 +188,16 @@ class Consultation:
                 judge=judge_of(self._features, probe, self._test, self._data.test),
             )
             rng = np.random.default_rng([self._config.seed, number])
-            selection = select(config.strategy, evidence, k, rng, tuple(before))
+            return select(config.strategy, evidence, k, rng, tuple(before))
+
+        with self._timed("select"):
+            # One decides for all: machines that round differently could choose different teachers.
+            selection = self._ranks.first_does(chosen)
         # One made before somebody selected was lost was never used.
         record.selections = [s for s in record.selections if s.round != number]
         record.selections.append(RoundSelection(number, selection))
+        weights = {f"selection/{name}": selection.weights.get(name, 0.0) for name in there}
+        self._tracking.write(record.steps, weights)
         shares = ", ".join(f"{name} ({weight:.2f})" for name, weight in selection.weights.items())
         self._progress.say(f"Selected before round {number + 1}: {shares}")
 

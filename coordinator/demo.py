@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from coordinator.fleet import Device
 from coordinator.pipeline import TaskRun, Timings, run_task
 from coordinator.report import Report
 from coordinator.terminal import TerminalProgress, console
+from coordinator.tracking import tracked
 from edge_teacher.contract.errors import CheckFailed, FedsaError, Unreachable, UsageError
 from edge_teacher.keys import private_key_at
 from edge_teacher.rpc.address import BrokerAddress
@@ -61,6 +63,8 @@ def run_demo(options: DemoOptions) -> Report:
             f"there are no teacher bundles in {options.examples / 'teachers'}: run this from a clone "
             "of the repository, or name its examples with --examples"
         )
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError("the demo is one process; `fedsa train` is what torchrun can start")
     timings = Timings()
     folder = options.folder
     with timings.of("data"):
@@ -84,6 +88,7 @@ def _run_in(options: DemoOptions, task: TaskData, bundles: list[Path], timings: 
         local_broker(folder / "broker", kind=kind, port=options.port) as broker,
         Agents(bundles, options.examples / "teachers", broker.address, folder) as agents,
         connect(broker.address, broker=broker.name) as connection,
+        tracked(folder, f"demo-{folder.name}", options.config, console.print) as tracking,
         TerminalProgress() as progress,
     ):
         console.print(f"Broker: {broker.name} at {broker.address}")
@@ -99,6 +104,7 @@ def _run_in(options: DemoOptions, task: TaskData, bundles: list[Path], timings: 
             cache=folder / "answers",
             key=key,
             deploy=True,
+            tracking=tracking,
         )
         return run_task(run, connection, devices, progress, timings)
 

@@ -45,6 +45,11 @@ class Descent:
             parameters, lr=0.0, momentum=_MOMENTUM, nesterov=True, weight_decay=weight_decay
         )
 
+    @property
+    def rate(self) -> float:
+        """Of the step that was done last."""
+        return self._cycle.rate(self._step - 1)
+
     def step(self, loss: Tensor) -> None:
         for group in self._sgd.param_groups:
             group["lr"] = self._cycle.rate(self._step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from coordinator.fleet import Device
 from coordinator.packaging import PackagedStudent, next_version, package_student
 from coordinator.parallel import in_parallel
 from coordinator.progress import Progress
+from coordinator.ranks import ALONE, Ranks
 from coordinator.report import (
     TOTAL,
     Accuracy,
@@ -40,7 +42,9 @@ from coordinator.report import (
 )
 from coordinator.rollout import predict, roll_out
 from coordinator.selection import Evidence, Selection, common_size, similarities
-from coordinator.teachers import RemoteTeacher
+from coordinator.shared_teachers import shared
+from coordinator.teachers import RemoteTeacher, Teacher
+from coordinator.tracking import UNTRACKED, Tracking
 from coordinator.training import TrainingResult, train
 from edge_teacher.contract.errors import CheckFailed
 from edge_teacher.files import write_atomically
@@ -81,6 +85,39 @@ class TaskRun:
     key: Ed25519PrivateKey
     """Signs the student."""
     deploy: bool
+    ranks: Ranks = ALONE
+    tracking: Tracking = UNTRACKED
+
+
+def train_along(
+    config: Config,
+    data: TaskData,
+    cache: Path,
+    ranks: Ranks,
+    connection: Connection,
+    devices: Sequence[Device],
+) -> None:
+    """What of `run_task` all processes but the first do: ask their share, and train."""
+    with AnswerCache(cache) as answers:
+        teachers = _teachers(config, connection, devices, answers, EncodingLedger(), ranks)
+        # Nothing is written there; who is online the first process says.
+        train(config, data, teachers, Path(os.devnull), ranks=ranks)
+
+
+def _teachers(
+    config: Config,
+    connection: Connection,
+    devices: Sequence[Device],
+    cache: AnswerCache,
+    ledger: EncodingLedger,
+    ranks: Ranks,
+) -> dict[str, Teacher]:
+    patience_s = config.devices.patience_s
+    remote = {
+        d.name: RemoteTeacher(connection.caller, d.card, cache, ledger, patience_s=patience_s)
+        for d in devices
+    }
+    return shared(remote, ranks)
 
 
 def run_task(
@@ -99,13 +136,18 @@ def run_task(
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     ledger = EncodingLedger()
     with AnswerCache(run.cache, progress.say) as cache:
-        patience_s = run.config.devices.patience_s
-        teachers = {
-            d.name: RemoteTeacher(connection.caller, d.card, cache, ledger, patience_s=patience_s)
-            for d in devices
-        }
+        teachers = _teachers(run.config, connection, devices, cache, ledger, run.ranks)
         online = partial(_online, connection)
-        result = train(run.config, run.data, teachers, run.folder, progress, online)
+        result = train(
+            run.config,
+            run.data,
+            teachers,
+            run.folder,
+            progress,
+            online,
+            ranks=run.ranks,
+            tracking=run.tracking,
+        )
     timings.seconds.update({stage: round(s, 2) for stage, s in result.seconds.items()})
 
     progress.begin("export", 1)
@@ -134,7 +176,7 @@ def run_task(
             broker=connection.broker,
             task=_task(run),
             strategy=result.selections[-1].selection.strategy,
-            teachers=_teachers(result.selections[-1].selection, devices),
+            teachers=_results(result.selections[-1].selection, devices),
             rounds=tuple(
                 Round(number=s.round + 1, weights=s.selection.weights) for s in result.selections
             ),
@@ -240,7 +282,7 @@ def _accuracy(
     )
 
 
-def _teachers(selection: Selection, devices: Sequence[Device]) -> tuple[TeacherResult, ...]:
+def _results(selection: Selection, devices: Sequence[Device]) -> tuple[TeacherResult, ...]:
     cards = {d.name: d.card for d in devices}
     results = []
     for score in selection.teachers:

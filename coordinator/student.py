@@ -1,4 +1,4 @@
-"""The student: a small residual net that fits a device, quantises well and says where it looks."""
+"""The student: a small net that fits a device, quantises well and says where it looks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from coordinator.config import Architecture
 from coordinator.files import load_tensors, save_tensors
+from coordinator.students.architectures import ARCHITECTURES
+from coordinator.students.imported import FeatureLayer, flattened, imported, run_once
 from edge_teacher.contract.errors import UsageError
 
 _BATCH = 250
@@ -21,6 +24,8 @@ class StudentSpec(msgspec.Struct, frozen=True):
     """All that is needed, besides its weights, to build a student again.
 
     `mean` and `std` are per channel, for pixels scaled to [0, 1]; the net applies them itself.
+    `architecture` and `channels` name one of ours; where `module` is set (`package.module:factory`)
+    it is a user's instead, and `feature_layer` the layer of it that is its feature map.
     """
 
     classes: tuple[str, ...]
@@ -29,46 +34,38 @@ class StudentSpec(msgspec.Struct, frozen=True):
     channels: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    architecture: Architecture = "residual"
+    module: str = ""
+    feature_layer: str = ""
 
     @classmethod
     def of_images(
-        cls, images: NDArray[np.uint8], classes: tuple[str, ...], channels: int
+        cls,
+        images: NDArray[np.uint8],
+        classes: tuple[str, ...],
+        channels: int,
+        *,
+        architecture: Architecture = "residual",
+        module: str = "",
+        feature_layer: str = "",
     ) -> StudentSpec:
         """A spec whose normalisation is that of `images`, uint8[N, H, W, 3]."""
         pixels = images.reshape(-1, 3).astype(np.float32) / 255
         r, g, b = (float(v) for v in pixels.mean(axis=0, dtype=np.float64))
         # A channel that never varies must not divide by zero.
         sr, sg, sb = (max(float(v), 1e-3) for v in pixels.std(axis=0, dtype=np.float64))
-        return cls(classes, images.shape[1], images.shape[2], channels, (r, g, b), (sr, sg, sb))
-
-
-def conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
-        nn.BatchNorm2d(outputs),
-    )
-
-
-class ResidualBlock(nn.Module):
-    """`relu(f(x) + shortcut(x))` with two 3x3 convolutions (He et al., 2016)."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            conv_bn(inputs, outputs, 3, stride), nn.ReLU(), conv_bn(outputs, outputs, 3)
+        height, width = images.shape[1:3]
+        return cls(
+            *(classes, height, width, channels, (r, g, b), (sr, sg, sb)),
+            *(architecture, module, feature_layer),
         )
-        same = stride == 1 and inputs == outputs
-        self.shortcut = nn.Identity() if same else conv_bn(inputs, outputs, 1, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.body(x) + self.shortcut(x))
 
 
 class Student(nn.Module):
     """`images uint8[N, H, W, 3] -> logits float[N, classes]`; normalisation is part of the net.
 
-    Convolution, batch norm and ReLU only, so that batch norm folds away and INT8 loses little.
-    The last feature map is an eighth of the image on each side.
+    Our architectures are of convolution, batch norm and ReLU only, so that batch norm folds away and
+    INT8 loses little; their last feature map is an eighth of the image on each side.
     """
 
     mean: Tensor
@@ -77,27 +74,26 @@ class Student(nn.Module):
     def __init__(self, spec: StudentSpec) -> None:
         super().__init__()
         self.spec = spec
-        c = spec.channels
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1) * 255)
-        self.stages = nn.Sequential(
-            *(conv_bn(3, c, 3, stride=2), nn.ReLU()),
-            ResidualBlock(c, c),
-            ResidualBlock(c, 2 * c, stride=2),
-            ResidualBlock(2 * c, 2 * c),
-            # Width costs little on the smallest maps, and is what hints and heads read.
-            ResidualBlock(2 * c, 6 * c, stride=2),
+        self.stages = (
+            imported(spec.module, spec.feature_layer, spec.height, spec.width)
+            if spec.module
+            else ARCHITECTURES[spec.architecture](spec.channels)
         )
-        self.features = 6 * c
+        self.features = _channels(self.stages, spec)
         self.head = nn.Linear(self.features, len(spec.classes))
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8[N, H, W, 3] -> float[N, 3, H, W], of mean 0 and deviation 1 over the data set."""
-        return (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        pixels = images.to(self.mean.device).permute(0, 3, 1, 2).float()
+        return (pixels - self.mean) / self.std
 
     def feature_map(self, images: Tensor) -> Tensor:
         """uint8[N, H, W, 3] -> the last feature map, float[N, C, h, w]."""
-        x = self.normalise(images).contiguous(memory_format=torch.channels_last)
+        x = self.normalise(images)
+        if not self.spec.module:  # faster, but a user's forward may take views that it forbids
+            x = x.contiguous(memory_format=torch.channels_last)
         features: Tensor = self.stages(x)
         return features
 
@@ -111,7 +107,38 @@ class Student(nn.Module):
 
     def network(self) -> nn.Module:
         """The same without the normalisation, for export: float[N, 3, H, W] -> logits."""
-        return nn.Sequential(self.stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), self.head)
+        stages = self.stages
+        if isinstance(stages, FeatureLayer):
+            stages = flattened(stages, self.spec.height, self.spec.width)
+        return nn.Sequential(stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), self.head)
+
+
+def _channels(stages: nn.Module, spec: StudentSpec) -> int:
+    """How many channels the feature map has, found by running it once. Raises UsageError."""
+    size = f"{spec.height}x{spec.width}"
+    what = spec.module or spec.architecture
+    was_training = stages.training
+    example = torch.zeros(2, 3, spec.height, spec.width)
+    features = run_once(stages.eval(), lambda net: net(example), what)
+    stages.train(was_training)
+    where = f"layer {spec.feature_layer!r} of {what}" if spec.feature_layer else what
+    if not isinstance(features, Tensor):
+        raise UsageError(
+            f"the student's feature map, {where}, is a {type(features).__name__} and must be one "
+            "tensor [N, C, h, w]; name another student.feature_layer"
+        )
+    shape = tuple(features.shape)
+    if len(shape) != 4 or shape[0] != 2:
+        raise UsageError(
+            f"the student's feature map, {where}, has the shape {list(shape)} for two images and "
+            "must be [N, C, h, w]; name a layer before the pooling as student.feature_layer"
+        )
+    if shape[2] * shape[3] < 2:
+        raise UsageError(
+            f"the student's feature map, {where}, is one pixel for images of {size}, and so cannot "
+            "say where the student looks; take larger images or an earlier student.feature_layer"
+        )
+    return int(shape[1])
 
 
 def grad_cam(student: Student, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -132,7 +159,7 @@ def grad_cam(student: Student, images: NDArray[np.uint8]) -> NDArray[np.float32]
         alpha = gradient.mean((2, 3), keepdim=True)
         maps.append(scale_maps(torch.relu((alpha * features.detach()).sum(1))))
     student.train(was_training)
-    result: NDArray[np.float32] = torch.cat(maps).numpy()
+    result: NDArray[np.float32] = torch.cat(maps).cpu().numpy()
     return result
 
 
@@ -150,7 +177,7 @@ def predict(student: Student, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     student.eval()
     logits = torch.cat([student(batch) for batch in _batches(images)])
     student.train(was_training)
-    result: NDArray[np.float32] = logits.numpy()
+    result: NDArray[np.float32] = logits.cpu().numpy()
     return result
 
 
@@ -161,7 +188,7 @@ def pooled_features(student: Student, images: NDArray[np.uint8]) -> Tensor:
     student.eval()
     pooled = torch.cat([student.feature_map(batch).mean((2, 3)) for batch in _batches(images)])
     student.train(was_training)
-    return pooled
+    return pooled.cpu()
 
 
 def _batches(images: NDArray[np.uint8]) -> Iterator[Tensor]:
@@ -181,12 +208,17 @@ def save_student(student: Student, path: Path) -> None:
 
 
 def load_student(path: Path) -> Student:
-    """The student that `save_student` wrote. Raises UsageError if the file holds none."""
+    """The student that `save_student` wrote.
+
+    Raises UsageError if the file holds none, or one whose module cannot be imported here.
+    """
     what = "a student that `fedsa train` wrote"
     state = load_tensors(path, what)
     try:
         student = Student(msgspec.json.decode(state["spec"], type=StudentSpec))
         student.load_state_dict(state["weights"])
+    except UsageError as error:
+        raise UsageError(f"{path} cannot be loaded: {error}") from error
     except (KeyError, TypeError, RuntimeError, msgspec.DecodeError) as error:
         raise UsageError(f"{path} is not {what}: {error}.") from error
     return student.eval()

@@ -19,7 +19,7 @@ from edge_teacher.keys import private_key_at
 from edge_teacher.rpc.address import parse_broker
 
 if TYPE_CHECKING:
-    from coordinator.config import Config
+    from coordinator.config import Config, DistributedConfig
     from coordinator.resume import Begun
 
 Run = Callable[[argparse.Namespace], int]
@@ -127,53 +127,77 @@ def _train(options: argparse.Namespace) -> int:
     from coordinator.connection import connect
     from coordinator.data import read_configured_task
     from coordinator.files import locked
-    from coordinator.pipeline import TaskRun, Timings, run_task
+    from coordinator.pipeline import TaskRun, Timings, run_task, train_along
+    from coordinator.ranks import joined
     from coordinator.resume import keep
     from coordinator.terminal import TerminalProgress
+    from coordinator.tracking import tracked
     from coordinator.training import require_enough
 
-    folder, begun = _place(options)
-    config = begun.config
-    timings = Timings()
-    with timings.of("data"):
-        task = read_configured_task(config.data)
-    broker = config.broker
-    address = parse_broker(
-        broker.url,
-        ca=_path(broker.ca),
-        certificate=_path(broker.certificate),
-        key=_path(broker.key),
-    )
-    key = private_key_at(Path(begun.signing_key))
     with ExitStack() as stack:
-        connection = stack.enter_context(connect(address, name=broker.name))
-        # Who was lost may be gone for good: the run waits for the others.
-        wanted = [name for name in begun.devices if name not in lost_in(folder)]
-        devices = connection.fleet.wait(options.teachers, names=wanted)
-        if begun.devices:
-            devices = [device for device in devices if device.name in begun.devices]
-        if not has_checkpoint(folder):  # a run that is gone on with may have lost some
-            require_enough(config, len(devices))
+        ranks = stack.enter_context(joined(_distributed(options)))
+        # The first process has the run's folder, and knows what an earlier one left there.
+        folder, begun = ranks.first_does(lambda: _place(options))
+        config = begun.config
+        timings = Timings()
+        with timings.of("data"):
+            task = read_configured_task(config.data)
+        broker = config.broker
+        address = parse_broker(
+            broker.url,
+            ca=_path(broker.ca),
+            certificate=_path(broker.certificate),
+            key=_path(broker.key),
+        )
+        if ranks.first:
+            private_key_at(Path(begun.signing_key))  # known to be one before anything is trained
+        name = broker.name if ranks.first else f"{broker.name}-{ranks.rank}"
+        connection = stack.enter_context(connect(address, name=name))
+
+        def there() -> list[str]:
+            # Who was lost may be gone for good: the run waits for the others.
+            wanted = [name for name in begun.devices if name not in lost_in(folder)]
+            found = connection.fleet.wait(options.teachers, names=wanted)
+            names = [d.name for d in found if not begun.devices or d.name in begun.devices]
+            if not has_checkpoint(folder):  # a run that is gone on with may have lost some
+                require_enough(config, len(names))
+            return names
+
+        names = ranks.first_does(there)
+        devices = [d for d in connection.fleet.wait(names=names) if d.name in names]
+        cache = options.runs / "answers"
+        if not ranks.first:
+            train_along(config, task, cache, ranks, connection, devices)
+            return 0
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(folder))
-        names = [device.name for device in devices]
         keep(folder, begun, list(dict.fromkeys([*begun.devices, *names])))
         stderr.print(f"{len(devices)} teachers: {', '.join(names)}")
         stderr.print(f"This run is in {folder}; with --resume {folder.name} it goes on")
+        tracking = stack.enter_context(tracked(folder, folder.name, config, stderr.print))
         run = TaskRun(
             command="fedsa train",
             task=begun.task,
             config=config,
             data=task,
             folder=folder,
-            cache=options.runs / "answers",
-            key=key,
+            cache=cache,
+            key=private_key_at(Path(begun.signing_key)),
             deploy=begun.deploy,
+            ranks=ranks,
+            tracking=tracking,
         )
         with TerminalProgress() as progress:
             report = run_task(run, connection, devices, progress, timings)
     finish(report, folder, options)
     return 0
+
+
+def _distributed(options: argparse.Namespace) -> DistributedConfig:
+    """How long the processes wait for each other: known before they have met."""
+    from coordinator.config import load_config
+
+    return load_config(options.config, run_settings(options)).distributed
 
 
 def _place(options: argparse.Namespace) -> tuple[Path, Begun]:

@@ -31,6 +31,7 @@ from coordinator.data import LabelledImages, TaskData
 from coordinator.loop import Drawn, Lesson, Loop
 from coordinator.optimisation import OneCycle, stage_generator, steps_per_epoch
 from coordinator.progress import Progress, Silent
+from coordinator.ranks import ALONE, Ranks
 from coordinator.roster import Lost, Online, Roster
 from coordinator.student import (
     Student,
@@ -41,6 +42,7 @@ from coordinator.student import (
     save_student,
 )
 from coordinator.teachers import Teacher
+from coordinator.tracking import UNTRACKED, Tracking
 from edge_teacher.contract.errors import UsageError
 
 
@@ -72,6 +74,8 @@ def train(
     folder: Path,
     progress: Progress | None = None,
     online: Online | None = None,
+    ranks: Ranks = ALONE,
+    tracking: Tracking = UNTRACKED,
 ) -> TrainingResult:
     """Train a student for `data` from `teachers`, keeping state in `folder`.
 
@@ -80,36 +84,51 @@ def train(
     sense, is set aside, and the run goes on with the others; `online` says who is there, so that one
     that has come back is asked again at the next selection. Raises UsageError without teachers or if
     `folder` holds another run, and CheckFailed, naming everyone who was set aside, when fewer than
-    `devices.least` are left.
+    `devices.least` are left. Of several processes, `ranks`, only the first writes and decides who is
+    there; `teachers` are then those that all of them ask together.
     """
     if not teachers:
         raise UsageError("There is no teacher to learn from; start at least one device.")
     progress = progress or Silent()
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-    run = Run.open(folder, config, data, {name: t.identity for name, t in teachers.items()})
+    require_shares(config, data, ranks)
+    cores = max(1, len(os.sched_getaffinity(0)) // ranks.local_world)
+    torch.set_num_threads(config.threads or cores)
+    device = ranks.device(config.student.device)
+    identities = {name: teacher.identity for name, teacher in teachers.items()}
+    run = Run.open(folder, config, data, identities, ranks)
     require_enough(config, len(run.record.teachers))
+    tracking.begin(run.record.steps)
+    there = online or (lambda: identities)
     roster = Roster(
         teachers,
         run.record.lost,
         progress,
         least=config.devices.least,
-        online=online,
+        # One says who is there, for all: the others hear of a device earlier or later.
+        online=lambda: ranks.first_does(there),
         keep=run.save,
     )
-    spec = StudentSpec.of_images(data.transfer, data.probe.classes, config.student.channels)
+    spec = StudentSpec.of_images(
+        data.transfer,
+        data.probe.classes,
+        config.student.channels,
+        architecture=config.student.architecture,
+        module=config.student.module,
+        feature_layer=config.student.feature_layer,
+    )
 
     def stage(name: str) -> _Stage:
-        return _Stage(name, config, data, run, progress)
+        return _Stage(name, config, data, run, progress, ranks, tracking)
 
-    scratch = _new_student(spec, config.seed)
+    scratch = _new_student(spec, config.seed).to(device)
     if config.scratch.epochs:
         _learn_labels(stage("scratch"), "scratch", scratch, config.scratch)
 
     # The same first weights as the baseline's: what differs in the end is what the teachers gave.
-    student = _new_student(spec, config.seed)
+    student = _new_student(spec, config.seed).to(device)
     _learn_labels(stage("warm-up"), "student", student, config.warmup)
 
-    consultation = Consultation(config, data, run, roster, progress)
+    consultation = Consultation(config, data, run, roster, progress, ranks, tracking)
     consultation.open()
     task: AmalgamationTask | None = None
     for number in range(config.aggregation.rounds):
@@ -133,7 +152,8 @@ def train(
     roster.roll_call("end")
     student.eval()
     scratch.eval()
-    save_student(student, folder / "student.pt")
+    if ranks.first:
+        save_student(student, folder / "student.pt")
     trained = {"fedsa": student} | ({"scratch": scratch} if config.scratch.epochs else {})
     if data.test is not None:
         for name, net in trained.items():
@@ -167,6 +187,22 @@ def require_enough(config: Config, teachers: int) -> None:
         )
 
 
+def require_shares(config: Config, data: TaskData, ranks: Ranks) -> None:
+    """Every process needs two images of every step: batch norm has a variance. Raises UsageError."""
+    if ranks.alone:
+        return
+    if config.batch % ranks.world or config.batch < 2 * ranks.world:
+        raise UsageError(
+            f"batch is {config.batch}, which {ranks.world} processes cannot share equally, two images "
+            f"each at least; choose a multiple of {ranks.world} from {2 * ranks.world} on."
+        )
+    if len(data.probe) < 2 * ranks.world:
+        raise UsageError(
+            f"the probe set has {len(data.probe)} images and {ranks.world} processes need two each; "
+            "start fewer."
+        )
+
+
 @dataclass(frozen=True)
 class _Stage:
     """One stage of the run, and what every stage needs."""
@@ -176,6 +212,8 @@ class _Stage:
     data: TaskData
     run: Run
     progress: Progress
+    ranks: Ranks
+    tracking: Tracking
 
     def resumed(self, **nets: nn.Module) -> bool:
         """Whether an earlier run finished this stage; then the nets are as it left them."""
@@ -200,6 +238,8 @@ class _Stage:
             batch=config.batch,
             weight_decay=config.weight_decay,
             checkpoint_s=config.checkpoint_s,
+            ranks=self.ranks,
+            tracking=self.tracking,
         )
         loop.learn(lesson, random)
 
@@ -210,9 +250,12 @@ class _Stage:
         """Add a point to the learning curve. The test set is for reports: nothing depends on it."""
         test, record = self.data.test, self.run.record
         reached = accuracy(student, test.images, test.labels) if test else None
-        loss = float(np.mean(record.losses))
+        loss = self.ranks.mean(float(np.mean(record.losses)))
         record.curve.append(CurvePoint(self.name, images, loss, reached))
         record.losses.clear()
+        if reached is not None:
+            network = "scratch" if self.name == "scratch" else "fedsa"
+            self.tracking.write(record.steps, {f"accuracy/{network}": reached})
 
 
 def _new_student(spec: StudentSpec, seed: int) -> Student:
@@ -235,7 +278,7 @@ def _learn_labels(
 
     def loss(drawn: Drawn) -> tuple[Tensor, Losses]:
         logits = student(drawn.jitter.images(images[drawn.index]))
-        value = F.cross_entropy(logits, labels[drawn.index])
+        value = F.cross_entropy(logits, labels[drawn.index].to(logits.device))
         return value, Losses(float(value.detach()))
 
     steps = recipe.epochs * steps_per_epoch(len(probe), config.batch)
@@ -341,7 +384,7 @@ def _fine_tune(stage: _Stage, task: AmalgamationTask) -> None:
 
     def loss(labelled: Drawn, kept: Drawn) -> tuple[Tensor, Losses]:
         logits = student(labelled.jitter.images(images[labelled.index]))
-        value = F.cross_entropy(logits, labels[labelled.index])
+        value = F.cross_entropy(logits, labels[labelled.index].to(logits.device))
         value = value + task.loss(student, kept.index, kept.jitter, task.weights)[0]
         return value, Losses(float(value.detach()))
 

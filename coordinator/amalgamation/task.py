@@ -94,7 +94,8 @@ class AmalgamationTask:
         key = f"{kind} {name}"
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(derived_seed(seed, key))
-            self._translators[key] = make(self.student.features, target.shape[1])
+            made = make(self.student.features, target.shape[1])
+        self._translators[key] = made.to(self.student.mean.device)
         if key in saved:
             self._translators[key].load_state_dict(saved[key])
 
@@ -120,7 +121,7 @@ class AmalgamationTask:
             pooled_part = self._pooled_hints(pooled, index, weights)
             total = total + self.config.hint_pooled * pooled_part
         if self.soft is not None:
-            soft_part = F.cross_entropy(student.head(pooled), self.soft[index])
+            soft_part = F.cross_entropy(student.head(pooled), self.soft[index].to(pooled.device))
             total = total + self.config.soft_targets * soft_part
         return total, Losses(
             float(total.detach()), *map(_value, (maps_part, pooled_part, soft_part))
@@ -136,10 +137,11 @@ class AmalgamationTask:
         return {key: self._translators[key] for key in keys if key in self._translators}
 
     def _pooled_hints(self, pooled: Tensor, index: Tensor, weights: Mapping[str, float]) -> Tensor:
-        hints = [
-            weight * pooled_hint(self._translators[f"pooled {n}"], pooled, self._pooled[n][index])
-            for n, weight in weights.items()
-        ]
+        hints = []
+        for name, weight in weights.items():
+            target = self._pooled[name][index].to(pooled.device)
+            translator = self._translators[f"pooled {name}"]
+            hints.append(weight * pooled_hint(translator, pooled, target))
         return torch.stack(hints).sum()
 
     def _map_hints(
@@ -155,8 +157,10 @@ class AmalgamationTask:
             weight
             * map_hint(
                 self._translators[f"maps {name}"],
-                features[rows],
-                moved.maps(self._maps[name][index[rows]].float(), height, width),
+                features[rows.to(features.device)],
+                moved.maps(self._maps[name][index[rows]].float(), height, width).to(
+                    features.device
+                ),
             )
             for name, weight in weights.items()
         ]
