@@ -12,7 +12,7 @@ import msgspec
 from torch import Tensor
 
 from coordinator.config import BrokerConfig, Config, config_toml
-from coordinator.data import TaskData
+from coordinator.data import SINGLE, SeveralTasks
 from coordinator.files import load_tensors, save_tensors
 from coordinator.selection import Selection
 from edge_teacher.contract.errors import UsageError
@@ -21,19 +21,25 @@ State = Mapping[str, Tensor]
 
 
 class CurvePoint(msgspec.Struct, frozen=True):
-    """One point of the learning curves. `images` were seen in this stage; `accuracy` is on test."""
+    """One point of the learning curves. `images` were seen in this stage.
+
+    `accuracy` is on test: the first metric of the task's kind, with several tasks their mean, of those
+    that have a test set; `metrics` has all of them, by task.
+    """
 
     stage: str
     images: int
     loss: float
     accuracy: float | None
+    metrics: dict[str, dict[str, float]] = {}
 
 
 class RoundSelection(msgspec.Struct, frozen=True):
-    """The selection made before round `round`, counted from 0."""
+    """The selection made before round `round`, counted from 0, for one of the tasks."""
 
     round: int
     selection: Selection
+    task: str = SINGLE
 
 
 class Record(msgspec.Struct):
@@ -47,6 +53,8 @@ class Record(msgspec.Struct):
     curve: list[CurvePoint] = []
     selections: list[RoundSelection] = []
     accuracy: dict[str, float] = {}
+    metrics: dict[str, dict[str, dict[str, float]]] = {}
+    """By net, task and metric."""
     seconds: dict[str, float] = {}
 
 
@@ -59,7 +67,9 @@ class Run:
         self.nets = nets
 
     @classmethod
-    def open(cls, folder: Path, config: Config, data: TaskData, teachers: Mapping[str, str]) -> Run:
+    def open(
+        cls, folder: Path, config: Config, data: SeveralTasks, teachers: Mapping[str, str]
+    ) -> Run:
         """Begin a run in `folder`, or go on with the one that is there.
 
         Raises UsageError if the run there was started with other settings, data or teachers: going
@@ -99,14 +109,16 @@ class Run:
             self.record.seconds[what] = self.record.seconds.get(what, 0.0) + spent
 
 
-def fingerprint(data: TaskData) -> str:
-    """SHA-256 over the images, labels and classes of a task."""
+def fingerprint(data: SeveralTasks) -> str:
+    """SHA-256 over the images, labels, classes, kinds and weights of the tasks."""
     digest = hashlib.sha256()
-    sets = [data.probe] if data.test is None else [data.probe, data.test]
-    for images in (data.transfer, *(s.images for s in sets)):
-        digest.update(repr(images.shape).encode() + images.tobytes())
-    for labelled in sets:
-        digest.update(repr(labelled.classes).encode() + labelled.labels.tobytes())
+    digest.update(repr(data.transfer.shape).encode() + data.transfer.tobytes())
+    for name, task in data.tasks.items():
+        digest.update(repr((name, task.probe.kind, task.weight)).encode())
+        for labelled in (task.probe, task.test):
+            if labelled is not None:
+                digest.update(repr((labelled.images.shape, labelled.classes)).encode())
+                digest.update(labelled.images.tobytes() + labelled.labels.tobytes())
     return digest.hexdigest()
 
 

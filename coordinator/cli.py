@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from coordinator.export_commands import add_export, signing_key
+from coordinator.task_flags import require_settings, task_flags
 from coordinator.terminal import console as stderr
 from coordinator.terminal import percent, plain, print_json, printable, stdout
 from edge_teacher import __version__
@@ -71,7 +72,10 @@ def parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "train a student from the devices on a broker")
     train.add_argument("--name", help="folder of this run; given again, the run goes on")
-    train.add_argument("--task", required=True, help="the student's name on the devices")
+    train.add_argument(
+        "--task",
+        help="the student's name on the devices; with [tasks] each has its own, and this names the run",
+    )
     train.add_argument("--deploy", action="store_true", help="install the student on the teachers")
     train.add_argument("--teachers", type=_count, default=1, help="wait for so many (default 1)")
     train.add_argument(
@@ -86,7 +90,10 @@ def parser() -> argparse.ArgumentParser:
     for each in (demo, train):
         each.add_argument("--config", type=Path, help="TOML file of settings")
         each.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
-        settings = each.add_argument_group("settings", "over FEDSA_… variables, over --config")
+        settings = each.add_argument_group(
+            "settings",
+            "over FEDSA_… variables, over --config; of several tasks --tasks.NAME.probe and so on",
+        )
         for key, description in config_keys().items():
             if not key.startswith("broker."):
                 settings.add_argument(f"--{key}", metavar="VALUE", help=description)
@@ -118,6 +125,16 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("pictures", type=Path, nargs="+")
     _broker_options(predict)
     return top
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options; those of a `--tasks.NAME.key`, which no parser can know beforehand, in `tasks` by key."""
+    found = parser()
+    options, rest = found.parse_known_args(arguments)
+    options.tasks, rest = task_flags(rest, found.error) if "config" in options else ({}, rest)
+    if rest:
+        found.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def _broker_options(command: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -154,7 +171,7 @@ def _seconds(text: str) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         with _terminable():
@@ -214,29 +231,23 @@ def _demo(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from coordinator.config import load_config
     from coordinator.connection import connect
-    from coordinator.data import read_configured_task
+    from coordinator.data import read_configured
     from coordinator.files import locked
     from coordinator.pipeline import TaskRun, Timings, run_task
     from coordinator.terminal import TerminalProgress
     from coordinator.training import require_enough
 
-    check_name(options.task)
     if options.name in ("latest", "answers"):
         raise UsageError(f"{options.name!r} has a meaning in {options.runs}: choose another --name")
     folder = options.runs / check_name(options.name) if options.name else _new_run(options.runs)
     config = load_config(options.config, {**_settings(options), **_broker_settings(options)})
-    for section, name, flag in (
-        ("broker", "url", "broker"),
-        ("data", "probe", "data.probe"),
-        ("data", "transfer", "data.transfer"),
-    ):
-        if not getattr(getattr(config, section), name):
-            raise UsageError(
-                f"{section}.{name} is not set: name it with --{flag}, or in the file given with --config"
-            )
+    require_settings(config)
+    if options.task is None and not config.tasks:
+        raise UsageError("there is no name for the student on the devices: give one with --task")
+    name = check_name(options.task or "-".join(config.tasks))
     timings = Timings()
     with timings.of("data"):
-        task = read_configured_task(config.data)
+        task = read_configured(config)
     broker = config.broker
     address = parse_broker(
         broker.url,
@@ -257,7 +268,7 @@ def _train(options: argparse.Namespace) -> int:
         stderr.print(f"This run is in {folder}; with --name {folder.name} it can be gone on with")
         run = TaskRun(
             command="fedsa train",
-            task=options.task,
+            task=name,
             config=config,
             data=task,
             folder=folder,
@@ -352,10 +363,9 @@ def _deploy(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    import numpy as np
-
     from coordinator.connection import connect
-    from coordinator.data import read_picture
+    from coordinator.image_files import read_picture
+    from coordinator.reading import read_answer
     from coordinator.rollout import predict
 
     check_name(options.device)
@@ -366,22 +376,16 @@ def _predict(options: argparse.Namespace) -> int:
         rows = []
         for path, picture in zip(options.pictures, pictures, strict=True):
             answer = predict(connection.caller, card, options.task, picture[None])
-            odds = np.exp(answer.logits[0] - answer.logits[0].max())
-            best = int(odds.argmax())
-            rows.append(
-                {
-                    "picture": str(path),
-                    "class": answer.classes[best],
-                    "probability": round(float(odds[best] / odds.sum()), 4),
-                    "version": answer.version,
-                }
-            )
+            said = read_answer(answer.logits[0], answer.classes, answer.decision)
+            row = {"picture": str(path), "class": said.named, "probability": said.probability}
+            rows.append(row | said.details | {"version": answer.version})
     if options.json:
         print_json(rows)
         return 0
     table = Table("picture", "class", "probability", "student version")
     for row in rows:
-        table.add_row(*(printable(str(value)) for value in row.values()))
+        cells = (row["picture"], row["class"], row["probability"], row["version"])
+        table.add_row(*(printable(str(value)) for value in cells))
     stdout.print(table)
     return 0
 
@@ -423,7 +427,8 @@ def _settings(options: argparse.Namespace) -> Mapping[str, str]:
     from coordinator.config import config_keys
 
     given = {key: getattr(options, key, None) for key in config_keys()}
-    return {key: value for key, value in given.items() if value is not None}
+    of_tasks: dict[str, str] = options.tasks
+    return {key: value for key, value in given.items() if value is not None} | of_tasks
 
 
 def _new_run(runs: Path) -> Path:
@@ -445,7 +450,9 @@ def _finish(report: Any, folder: Path, options: argparse.Namespace) -> None:
         print_json(plain(report))
         return
     accuracy = report.accuracy
-    table = Table("on the test set", "accuracy")
+    from coordinator.report import metric_name
+
+    table = Table("on the test set", metric_name(report.metric))
     table.add_row("from scratch, same labels", percent(accuracy.scratch))
     table.add_row("FedSA student, FP32", percent(accuracy.fedsa_fp32))
     table.add_row("FedSA student, INT8", percent(accuracy.fedsa_int8))

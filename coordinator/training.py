@@ -17,30 +17,33 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional as F
 
 from coordinator.amalgamation.aggregation import RoundPlan, run_round
 from coordinator.amalgamation.answers import TeacherAnswers, ask
-from coordinator.amalgamation.heads import fit_task_head
 from coordinator.amalgamation.task import AmalgamationTask, Losses
 from coordinator.augmentation import Jitter
 from coordinator.checkpoints import CurvePoint, RoundSelection, Run
 from coordinator.config import Config, ScratchConfig, WarmupConfig
-from coordinator.data import TaskData
+from coordinator.data import SeveralTasks, TaskData, as_several
+from coordinator.kinds.kind import Features, Fit
+from coordinator.labels import Probes
+from coordinator.measures import first_metric, measured
 from coordinator.optimisation import (
     Descent,
     OneCycle,
-    shuffled_batches,
+    joint_batches,
+    joint_steps,
     stage_generator,
     steps_per_epoch,
 )
 from coordinator.parallel import in_parallel
 from coordinator.progress import Progress, Silent
-from coordinator.selection import Evidence, select
+from coordinator.selection import Evidence, Selection, select
 from coordinator.student import (
+    HeadSpec,
     Student,
     StudentSpec,
-    accuracy,
+    features_of,
     grad_cam,
     pooled_features,
     save_student,
@@ -49,16 +52,20 @@ from coordinator.teachers import Teacher
 from edge_teacher.contract.errors import UsageError
 
 _MEASURE_EVERY_EPOCHS = 5
+_MAPS = 500
 
 
 @dataclass(frozen=True)
 class TrainingResult:
     """What came out of a run.
 
-    student_maps [P, s, s] and teacher_maps {name: [P, S, S]} are of the probe images, the student's
-    as it is at the end; accuracies are fractions of the test set, absent without one; seconds are
-    by stage.
+    student_maps [P, s, s] and teacher_maps {name: [P, S, S]} are of the probe images, one task's after
+    the other's (`data.rows`), the student's as it is at the end. Accuracies are the first metric of the
+    task's kind on the test set, with several tasks the mean over those that have one, absent without
+    any; `metrics` has every metric by net, task and name. Seconds are by stage.
     """
+
+    data: SeveralTasks
 
     student: Student
     scratch: Student | None
@@ -67,17 +74,22 @@ class TrainingResult:
     teacher_maps: Mapping[str, NDArray[np.float32]]
     curve: tuple[CurvePoint, ...]
     accuracy: Mapping[str, float]
+    metrics: Mapping[str, Mapping[str, Mapping[str, float]]]
     seconds: Mapping[str, float]
+
+    def last_selections(self) -> dict[str, Selection]:
+        """By task."""
+        return {found.task: found.selection for found in self.selections}
 
 
 def train(
     config: Config,
-    data: TaskData,
+    data: TaskData | SeveralTasks,
     teachers: Mapping[str, Teacher],
     folder: Path,
     progress: Progress | None = None,
 ) -> TrainingResult:
-    """Train a student for `data` from `teachers`, keeping state in `folder`.
+    """Train a student for `data`, one task or several, from `teachers`, keeping state in `folder`.
 
     Writes `folder`/checkpoint.pt after every stage, and `folder`/student.pt at the end. Raises
     UsageError without teachers or if `folder` holds another run, CheckFailed for an answer that
@@ -88,11 +100,13 @@ def train(
     require_enough(config, len(teachers))
     progress = progress or Silent()
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-    run = Run.open(folder, config, data, {name: t.identity for name, t in teachers.items()})
-    spec = StudentSpec.of_images(data.transfer, data.probe.classes, config.student.channels)
+    tasks = as_several(data)
+    run = Run.open(folder, config, tasks, {name: t.identity for name, t in teachers.items()})
+    heads = {name: HeadSpec(t.probe.kind, t.classes) for name, t in tasks.tasks.items()}
+    spec = StudentSpec.of_images(tasks.transfer, heads, config.student.channels)
 
     def stage(name: str) -> _Stage:
-        return _Stage(name, config, data, run, progress)
+        return _Stage(name, config, tasks, run, progress)
 
     scratch = _new_student(spec, config.seed)
     if config.scratch.epochs:
@@ -127,18 +141,29 @@ def train(
     scratch.eval()
     save_student(student, folder / "student.pt")
     trained = {"fedsa": student} | ({"scratch": scratch} if config.scratch.epochs else {})
-    if data.test is not None:
-        for name, net in trained.items():
-            run.record.accuracy[name] = accuracy(net, data.test.images, data.test.labels)
+    for name, net in trained.items():
+        found = measured(net, tasks)
+        if found:
+            run.record.metrics[name] = found
+            run.record.accuracy[name] = first_metric(found)
     return TrainingResult(
+        data=tasks,
         student=student,
         scratch=trained.get("scratch"),
         selections=tuple(run.record.selections),
-        student_maps=grad_cam(student, data.probe.images),
+        student_maps=_student_maps(student, tasks),
         teacher_maps=teacher_maps,
         curve=tuple(run.record.curve),
         accuracy=run.record.accuracy,
+        metrics=run.record.metrics,
         seconds=run.record.seconds,
+    )
+
+
+def _student_maps(student: Student, data: SeveralTasks) -> NDArray[np.float32]:
+    """Where the student looks on each task's probe images with that task's head, [P, s, s]."""
+    return np.concatenate(
+        [grad_cam(student, task.probe.images, name) for name, task in data.tasks.items()]
     )
 
 
@@ -158,7 +183,7 @@ class _Stage:
 
     name: str
     config: Config
-    data: TaskData
+    data: SeveralTasks
     run: Run
     progress: Progress
 
@@ -179,10 +204,10 @@ class _Stage:
 
     def measure(self, images: int, losses: list[float], student: Student) -> None:
         """Add a point to the learning curve. The test set is for reports: nothing depends on it."""
-        test = self.data.test
-        reached = accuracy(student, test.images, test.labels) if test else None
+        found = measured(student, self.data)
+        reached = first_metric(found) if found else None
         loss = float(np.mean(losses))
-        self.run.record.curve.append(CurvePoint(self.name, images, loss, reached))
+        self.run.record.curve.append(CurvePoint(self.name, images, loss, reached, found))
         losses.clear()
 
 
@@ -195,35 +220,34 @@ def _new_student(spec: StudentSpec, seed: int) -> Student:
 def _learn_labels(
     stage: _Stage, key: str, student: Student, recipe: WarmupConfig | ScratchConfig
 ) -> None:
-    """Cross-entropy on the probe set, from whatever `student` is."""
+    """The tasks' losses on their probe sets, from whatever `student` is."""
     if stage.resumed(**{key: student}):
         return
-    config, probe = stage.config, stage.data.probe
-    images, labels = torch.from_numpy(probe.images), torch.from_numpy(probe.labels)
+    config = stage.config
+    probes = Probes(stage.data)
     generator = stage.generator()
     epochs = recipe.epochs
-    steps = epochs * steps_per_epoch(len(probe), config.batch)
+    steps = epochs * joint_steps(probes.sizes, config.batch)
     descent = Descent([student], OneCycle(recipe.rate, steps), config.weight_decay)
     stage.progress.begin(stage.name, steps)
     losses: list[float] = []
     student.train()
     with stage.run.timed(stage.name):
         for epoch in range(1, epochs + 1):
-            for index in shuffled_batches(len(probe), config.batch, generator):
-                jitter = Jitter.draw(len(index), config.shift, generator)
-                loss = F.cross_entropy(student(jitter.images(images[index])), labels[index])
+            for index in joint_batches(probes.sizes, config.batch, generator):
+                loss = probes.loss(student, index, config.shift, generator)
                 descent.step(loss)
                 losses.append(float(loss.detach()))
                 stage.progress.advance(losses[-1])
             if epoch % _MEASURE_EVERY_EPOCHS == 0 or epoch == epochs:
-                stage.measure(epoch * len(probe), losses, student)
+                stage.measure(epoch * sum(probes.sizes), losses, student)
     stage.finish(**{key: student})
 
 
 def _saliency(stage: _Stage, teachers: Mapping[str, Teacher]) -> dict[str, NDArray[np.float32]]:
     """Where every teacher looks on the probe images; asked once, for teachers do not change."""
     names = sorted(teachers)
-    probe = stage.data.probe.images
+    probe = stage.data.probe_images
     stage.progress.begin(stage.name, len(teachers))
     with stage.run.timed(stage.name):
         answers = in_parallel(
@@ -241,15 +265,22 @@ def _select(
     student: Student,
     teacher_maps: Mapping[str, NDArray[np.float32]],
 ) -> None:
-    """Select for round `number` by where the student looks now."""
+    """Select for round `number`, for every task by where the student looks now with that task's head."""
     config = stage.config
-    with stage.run.timed(stage.name):
-        evidence = Evidence(grad_cam(student, stage.data.probe.images), teacher_maps)
-        rng = np.random.default_rng([config.seed, number])
-        selection = select(config.selection.strategy, evidence, config.selection.k, rng)
-    stage.run.record.selections.append(RoundSelection(number, selection))
-    shares = ", ".join(f"{name} ({weight:.2f})" for name, weight in selection.weights.items())
-    stage.progress.say(f"Selected before round {number + 1}: {shares}")
+    for i, (name, task) in enumerate(stage.data.tasks.items()):
+        with stage.run.timed(stage.name):
+            rows = stage.data.rows(name)
+            evidence = Evidence(
+                grad_cam(student, task.probe.images, name),
+                {teacher: maps[rows] for teacher, maps in teacher_maps.items()},
+            )
+            # The first task's draws are those it has alone.
+            rng = np.random.default_rng([config.seed, number, i] if i else [config.seed, number])
+            selection = select(config.selection.strategy, evidence, config.selection.k, rng)
+        stage.run.record.selections.append(RoundSelection(number, selection, name))
+        shares = ", ".join(f"{name} ({weight:.2f})" for name, weight in selection.weights.items())
+        of_task = f" for {name}" if len(stage.data.tasks) > 1 else ""
+        stage.progress.say(f"Selected{of_task} before round {number + 1}: {shares}")
 
 
 def _task(
@@ -260,18 +291,24 @@ def _task(
 ) -> AmalgamationTask:
     """The task for the teachers selected last; `answers` keeps what was asked, for later rounds."""
     config, data = stage.config, stage.data
-    weights = stage.run.record.selections[-1].selection.weights
-    missing = [name for name in weights if name not in answers]
+    selected = {found.task: found.selection.weights for found in stage.run.record.selections}
+    asked = dict.fromkeys(name for weights in selected.values() for name in weights)
+    missing = [name for name in asked if name not in answers]
+    # Without soft targets nothing is fitted to the maps.
+    by_maps = config.aggregation.soft_targets > 0 and any(
+        t.kind.wants_maps for t in data.tasks.values()
+    )
     stage.progress.begin(stage.name, len(missing))
     with stage.run.timed(stage.name):
         found = in_parallel(
             [teachers[name] for name in missing],
             lambda teacher: ask(
                 teacher,
-                data.probe.images,
+                data.probe_images,
                 data.transfer,
                 flips=config.aggregation.flips,
-                maps=config.aggregation.hint_maps > 0,
+                maps=config.aggregation.hint_maps > 0 or by_maps,
+                probe_maps=by_maps,
             ),
             stage.progress.advance,
         )
@@ -282,16 +319,18 @@ def _task(
             student,
             data,
             answers,
-            weights,
+            selected,
             stage.run.nets,
             config.aggregation,
             config.head,
             config.seed,
         )
-    if task.head is not None:
+    for name, taught in task.taught.items():
+        metric = data.tasks[name].kind.metrics[0].replace("_", " ")
+        of_task = f" for {name}" if len(data.tasks) > 1 else ""
         stage.progress.say(
-            f"A linear head on their features is right on {task.head.cv_accuracy:.1%} "
-            "of the probe images, in cross-validation"
+            f"A linear head on their features{of_task} reaches {taught.score:.1%} {metric} on the probe "
+            "images, in cross-validation"
         )
     return task
 
@@ -328,31 +367,22 @@ def _fine_tune(stage: _Stage, task: AmalgamationTask) -> None:
     Every step also keeps up the aggregation's loss on as many transfer images: fifty images of a
     class would else have the student forget what thousands taught it.
     """
-    config, probe = stage.config, stage.data.probe
+    config, data = stage.config, stage.data
     student = task.student
     recipe = config.finetune
-    images, labels = torch.from_numpy(probe.images), torch.from_numpy(probe.labels)
+    probes = Probes(data)
     generator = stage.generator()
-    steps = recipe.epochs * steps_per_epoch(len(probe), config.batch)
+    steps = recipe.epochs * joint_steps(probes.sizes, config.batch)
     stage.progress.begin(stage.name, steps)
     losses: list[float] = []
     with stage.run.timed(stage.name):
-        fitted = fit_task_head(
-            pooled_features(student, probe.images),
-            probe.labels,
-            len(probe.classes),
-            pooled_features(student, stage.data.transfer),
-            config.head.folds,
-            config.seed,
-        )
-        fitted.write_to(student.head)
+        _fresh_heads(student, data, Fit(config.head.folds, config.seed))
         student.train()
         modules = [student, *task.translators(task.weights)]
         descent = Descent(modules, OneCycle(recipe.rate, steps), config.weight_decay)
         for epoch in range(1, recipe.epochs + 1):
-            for index in shuffled_batches(len(probe), config.batch, generator):
-                jitter = Jitter.draw(len(index), config.shift, generator)
-                loss = F.cross_entropy(student(jitter.images(images[index])), labels[index])
+            for index in joint_batches(probes.sizes, config.batch, generator):
+                loss = probes.loss(student, index, config.shift, generator)
                 kept = torch.randint(len(task), (config.batch,), generator=generator)
                 jitter = Jitter.draw(len(kept), config.shift, generator)
                 loss = loss + task.loss(student, kept, jitter, task.weights)[0]
@@ -360,5 +390,17 @@ def _fine_tune(stage: _Stage, task: AmalgamationTask) -> None:
                 losses.append(float(loss.detach()))
                 stage.progress.advance(losses[-1])
             if epoch % _MEASURE_EVERY_EPOCHS == 0 or epoch == recipe.epochs:
-                stage.measure(epoch * len(probe), losses, student)
+                stage.measure(epoch * sum(probes.sizes), losses, student)
     stage.finish(**task.nets())
+
+
+def _fresh_heads(student: Student, data: SeveralTasks, fit: Fit) -> None:
+    """Every task's head is fitted to its labels; before any of them is, the features are taken."""
+    chosen = np.linspace(0, len(data.transfer) - 1, min(_MAPS, len(data.transfer))).astype(int)
+    # Maps of all images may be larger than the memory; the deviation of their cells needs no such many.
+    many = Features(
+        features_of(student, data.transfer[chosen]).map, pooled_features(student, data.transfer)
+    )
+    for name, task in data.tasks.items():
+        own = features_of(student, task.probe.images)
+        task.kind.refit(student.head(name), own, task.probe.labels, many, fit)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coordinator.amalgamation.hints import signed_root, unit_scale_maps
+from coordinator.amalgamation.hints import maps_scale, signed_root
 from coordinator.teachers import Teacher
 from edge_teacher.contract.errors import CheckFailed
 
@@ -20,12 +20,13 @@ class TeacherAnswers:
 
     pooled_probe [P, C] and pooled_transfer [U, C] are signed roots, float32. maps_transfer
     [U, C, h, w] is of unit scale, and float16 because it is the one thing here that can be large;
-    None if not asked for.
+    None if not asked for. maps_probe [P, C, h, w] is divided by the same number.
     """
 
     pooled_probe: Tensor
     pooled_transfer: Tensor
     maps_transfer: Tensor | None
+    maps_probe: Tensor | None = None
 
 
 def ask(
@@ -35,17 +36,26 @@ def ask(
     *,
     flips: bool,
     maps: bool,
+    probe_maps: bool = False,
 ) -> TeacherAnswers:
     """Query a teacher for images uint8[N, H, W, 3].
 
     With `flips` a pooled feature is the mean of the image's and its mirror image's: twice the
-    queries, and features with less in them that does not matter. Raises CheckFailed if an answer
+    queries, and features with less in them that does not matter. `probe_maps`, of which `maps` are the
+    scale, come with `maps` only. Raises CheckFailed if an answer
     has the wrong shape or is not finite.
     """
+    pooled_probe, pooled_transfer = (_pooled(teacher, x, flips) for x in (probe, transfer))
+    if not maps:
+        return TeacherAnswers(pooled_probe, pooled_transfer, None)
+    of_transfer = _maps(teacher, transfer)
+    scale = maps_scale(of_transfer)
+    # Scaled before it is halved: no teacher's values can then leave float16's range.
     return TeacherAnswers(
-        _pooled(teacher, probe, flips),
-        _pooled(teacher, transfer, flips),
-        _maps(teacher, transfer) if maps else None,
+        pooled_probe,
+        pooled_transfer,
+        (of_transfer / scale).half(),
+        (_maps(teacher, probe) / scale).half() if probe_maps else None,
     )
 
 
@@ -61,8 +71,7 @@ def _pooled(teacher: Teacher, images: NDArray[np.uint8], flips: bool) -> Tensor:
 
 def _maps(teacher: Teacher, images: NDArray[np.uint8]) -> Tensor:
     answer = _checked(teacher, teacher.features(images), len(images), 4, "feature maps")
-    # Scaled before it is halved: no teacher's values can then leave float16's range.
-    return unit_scale_maps(torch.from_numpy(answer)).half()
+    return torch.from_numpy(answer)
 
 
 def _checked(
