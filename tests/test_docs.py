@@ -143,3 +143,12 @@ def test_the_steps_by_hand(shell: Shell) -> None:
     assert (shell.folder / "runs" / "mine" / "report.html").exists()
     assert (shell.folder / "again.fedsa").exists()
     assert all(process.poll() is None for process in shell.running)
+
+
+@pytest.mark.timeout(600)
+def test_the_steps_of_every_kind_of_task(shell: Shell) -> None:
+    for kind, commands in blocks(ROOT / "docs" / "tasks.md"):
+        shell.run(kind, commands)
+    assert (shell.folder / "runs" / "all" / "student.contents.fedsa").exists()
+    assert (shell.folder / "regions.fedsa").exists()
+    assert all(process.poll() is None for process in shell.running)

@@ -107,6 +107,17 @@ def test_each_task_selects_by_where_its_own_head_looks(
     assert np.abs(maps[0] - maps[2]).max() > 0.1
 
 
+def test_two_tasks_on_the_same_images_score_the_teachers_differently(tmp_path: Path) -> None:
+    one = task_data("single-label")
+    tags = np.eye(3, dtype=np.uint8)[one.probe.labels][:, ::-1].copy()
+    other = replace(one, probe=replace(one.probe, labels=tags, kind="multi-label"), test=None)
+    data = SeveralTasks.of({"a": one, "b": other})
+    once = config(aggregation__rounds="1", finetune__epochs="0", warmup__epochs="4")
+    found = train(once, data, teachers(), tmp_path).last_selections()
+    scores = [{t.teacher: t.similarity for t in found[name].teachers} for name in ("a", "b")]
+    assert max(abs(scores[0][name] - scores[1][name]) for name in scores[0]) > 1e-4
+
+
 def test_the_saliency_of_a_dense_head_is_that_of_its_largest_map(
     several: tuple[TrainingResult, Path],
 ) -> None:

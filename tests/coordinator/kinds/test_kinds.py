@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from coordinator.amalgamation.answers import TeacherAnswers
 from coordinator.augmentation import Jitter
 from coordinator.data import LabelledImages, read_labelled, read_task
 from coordinator.kinds import KINDS, Features, kind_named
 from coordinator.kinds.dense import IGNORE, cell_shares, mean_iou
-from coordinator.kinds.kind import Fit
+from coordinator.kinds.kind import Fit, Lesson
 from coordinator.kinds.multi_label import average_precision, mean_average_precision
 from edge_teacher.contract.errors import UsageError
 from tests.coordinator.kinds_of_data import MAKE
@@ -52,6 +53,50 @@ def test_a_fitted_head_says_what_its_labels_say(name: str) -> None:
     # Measured against labels that have nothing to do with the images, it is no better than chance.
     other = np.roll(labelled.labels, 7, axis=0)
     assert kind.measure(kind.kept(logits), other)[kind.metrics[0]] < 0.7
+
+
+def sight(labelled: LabelledImages) -> tuple[torch.Tensor, torch.Tensor]:
+    """(pooled, maps) of a teacher that sees every colour in every part of an image."""
+    x = torch.from_numpy(labelled.images).permute(0, 3, 1, 2).float() / 255
+    thirds = torch.nn.functional.adaptive_avg_pool2d(x, (3, 1)).flatten(1)
+    return thirds, torch.nn.functional.avg_pool2d(x, 2).half()
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_what_teachers_see_becomes_targets_for_every_image(name: str) -> None:
+    kind, make = kind_named(name), MAKE[name]
+    probe, transfer, others = make(40, 0), make(30, 1), make(10, 2)
+    # The probe set of another task comes first: its images are unlabelled ones for this task.
+    seen = [sight(labelled) for labelled in (others, probe, transfer)]
+    pooled_probe, maps_probe = (torch.cat([seen[0][i], seen[1][i]]) for i in (0, 1))
+    teacher = TeacherAnswers(pooled_probe, seen[2][0], seen[2][1], maps_probe)
+    # A second one that knows nothing, with maps of another size.
+    noise = torch.Generator().manual_seed(0)
+    blind = TeacherAnswers(
+        torch.randn(50, 4, generator=noise),
+        torch.randn(30, 4, generator=noise),
+        torch.randn(30, 4, 3, 5, generator=noise).half(),
+        torch.randn(50, 4, 3, 5, generator=noise).half(),
+    )
+    labels = probe.checked("here").labels
+    lesson = Lesson([teacher, blind], slice(10, 50), labels, 3, 0.5, Fit(folds=3, seed=0))
+    taught = kind.teach(lesson)
+    assert taught.score > 0.8
+    assert len(taught.soft) == 30 + 50
+    size = (taught.soft.shape[2], taught.soft.shape[3]) if name == "dense" else (0, 0)
+    assert name != "dense" or size == (8, 8)
+
+    def truth(labelled: LabelledImages) -> torch.Tensor:
+        given = torch.from_numpy(labelled.checked("here").labels)
+        if name == "dense":
+            return cell_shares(given, 3, size)
+        return given.float() if name == "multi-label" else torch.eye(3)[given]
+
+    every = torch.cat([truth(transfer), truth(others)])
+    guess = torch.cat([taught.soft[:30], taught.soft[30:40]]).float()
+    counts = every.sum(1, keepdim=True) > 0 if name == "dense" else torch.ones_like(every) > 0
+    assert (((guess > 0.5) == (every > 0.5)) | ~counts).float().mean() > 0.9
+    assert torch.allclose(taught.soft[40:].float(), truth(probe), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", MAKE)
