@@ -24,7 +24,7 @@ from coordinator.config import (
     DistributedConfig,
     config_toml,
 )
-from coordinator.data import TaskData
+from coordinator.data import SINGLE, SeveralTasks
 from coordinator.files import load_tensors, save_tensors
 from coordinator.ranks import ALONE, Ranks
 from coordinator.roster import Lost
@@ -38,19 +38,25 @@ COPY = "copy "
 
 
 class CurvePoint(msgspec.Struct, frozen=True):
-    """One point of the learning curves. `images` were seen in this stage; `accuracy` is on test."""
+    """One point of the learning curves. `images` were seen in this stage.
+
+    `accuracy` is on test: the first metric of the task's kind, with several tasks their mean, of those
+    that have a test set; `metrics` has all of them, by task.
+    """
 
     stage: str
     images: int
     loss: float
     accuracy: float | None
+    metrics: dict[str, dict[str, float]] = {}
 
 
 class RoundSelection(msgspec.Struct, frozen=True):
-    """The selection made before round `round`, counted from 0."""
+    """The selection made before round `round`, counted from 0, for one of the tasks."""
 
     round: int
     selection: Selection
+    task: str = SINGLE
 
 
 class Record(msgspec.Struct):
@@ -68,6 +74,8 @@ class Record(msgspec.Struct):
     curve: list[CurvePoint] = []
     selections: list[RoundSelection] = []
     accuracy: dict[str, float] = {}
+    metrics: dict[str, dict[str, dict[str, float]]] = {}
+    """By net, task and metric."""
     seconds: dict[str, float] = {}
     lost: list[Lost] = []
     """Teachers that were set aside, in the order in which they were."""
@@ -124,7 +132,7 @@ class Run:
         cls,
         folder: Path,
         config: Config,
-        data: TaskData,
+        data: SeveralTasks,
         teachers: Mapping[str, str],
         ranks: Ranks = ALONE,
     ) -> Run:
@@ -236,14 +244,16 @@ def lost_in(folder: Path) -> set[str]:
     return {one.teacher for one in _read(_path(folder)).record.lost if not one.back}
 
 
-def fingerprint(data: TaskData) -> str:
-    """SHA-256 over the images, labels and classes of a task."""
+def fingerprint(data: SeveralTasks) -> str:
+    """SHA-256 over the images, labels, classes, kinds and weights of the tasks."""
     digest = hashlib.sha256()
-    sets = [data.probe] if data.test is None else [data.probe, data.test]
-    for images in (data.transfer, *(s.images for s in sets)):
-        digest.update(repr(images.shape).encode() + images.tobytes())
-    for labelled in sets:
-        digest.update(repr(labelled.classes).encode() + labelled.labels.tobytes())
+    digest.update(repr(data.transfer.shape).encode() + data.transfer.tobytes())
+    for name, task in data.tasks.items():
+        digest.update(repr((name, task.probe.kind, task.weight)).encode())
+        for labelled in (task.probe, task.test):
+            if labelled is not None:
+                digest.update(repr((labelled.images.shape, labelled.classes)).encode())
+                digest.update(labelled.images.tobytes() + labelled.labels.tobytes())
     return digest.hexdigest()
 
 

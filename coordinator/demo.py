@@ -16,7 +16,7 @@ from coordinator import processes
 from coordinator.broker import Kind, available, local_broker
 from coordinator.config import Config
 from coordinator.connection import Connection, connect
-from coordinator.data import TaskData, read_configured_task
+from coordinator.data import SeveralTasks, read_configured
 from coordinator.fleet import Device
 from coordinator.pipeline import TaskRun, Timings, run_task
 from coordinator.report import Report
@@ -45,6 +45,8 @@ def with_demo_data(config: Config, examples: Path) -> Config:
     """The demo's task wherever the settings name no data of their own."""
     archive = examples / "data" / "cifar10-mini.tar.xz"
     given = config.data
+    if config.tasks:
+        return config
     data = msgspec.structs.replace(
         given,
         probe=given.probe or f"{archive}/probe",
@@ -68,7 +70,7 @@ def run_demo(options: DemoOptions) -> Report:
     timings = Timings()
     folder = options.folder
     with timings.of("data"):
-        task = read_configured_task(options.config.data)
+        task = read_configured(options.config)
     folder.mkdir(parents=True)
     try:
         return _run_in(options, task, bundles, timings)
@@ -78,7 +80,9 @@ def run_demo(options: DemoOptions) -> Report:
         raise
 
 
-def _run_in(options: DemoOptions, task: TaskData, bundles: list[Path], timings: Timings) -> Report:
+def _run_in(
+    options: DemoOptions, task: SeveralTasks, bundles: list[Path], timings: Timings
+) -> Report:
     folder = options.folder
     key = private_key_at(folder / "coordinator.key")
     kind = options.broker or available()

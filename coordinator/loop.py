@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from coordinator.amalgamation.task import Losses
 from coordinator.augmentation import Jitter
 from coordinator.checkpoints import Midway, Run
-from coordinator.optimisation import Descent, OneCycle, shuffled_batches, steps_per_epoch
+from coordinator.optimisation import Descent, OneCycle, joint_batches, joint_steps
 from coordinator.progress import Progress
 from coordinator.ranks import ALONE, Ranks, speaking
 from coordinator.tracking import UNTRACKED, Meter, Tracking, numbers
@@ -41,8 +41,8 @@ class Drawn:
         return Drawn(self.index[rows], self.jitter.rows(rows))
 
 
-Draw = Callable[[Tensor, torch.Generator], tuple[Drawn, ...]]
-"""The indices int64[N] of a batch -> all that is random about it.
+Draw = Callable[[tuple[Tensor, ...], torch.Generator], tuple[Drawn, ...]]
+"""The indices int64[N] of a batch of each set -> all that is random about them.
 
 Only here may a step take random numbers: what is drawn is then the same however it is computed.
 """
@@ -62,7 +62,7 @@ class Lesson:
         name: unique in the run; what was finished under it is not done again.
         nets: the nets whose states are this lesson's result, by the names they are saved under.
         trained: the modules that descend; all are in `nets`.
-        images: how many there are; batches are drawn from 0 … images - 1.
+        images: how many each set has; a step draws a batch of each (`joint_batches`).
         cycle, first_step: the learning rate, and where in its cycle the lesson begins.
         prepare: called once, before the first step, and not again by a run that goes on.
         measure: called after every `measure_every` epochs and after the last.
@@ -71,7 +71,7 @@ class Lesson:
     name: str
     nets: Mapping[str, nn.Module]
     trained: Sequence[nn.Module]
-    images: int
+    images: Sequence[int]
     epochs: int
     cycle: OneCycle
     draw: Draw
@@ -120,7 +120,7 @@ class Loop:
         midway = self._restored(lesson, random)
         if midway is None and lesson.prepare:
             lesson.prepare()
-        per_epoch = steps_per_epoch(lesson.images, self._batch)
+        per_epoch = joint_steps(lesson.images, self._batch)
         epoch, skip = (midway.epoch, midway.step) if midway else (0, 0)
         done = epoch * per_epoch + skip
         start = lesson.first_step + done
@@ -137,13 +137,13 @@ class Loop:
             if midway and skip:
                 random.set_state(midway.epoch_random)
             epoch_random = random.get_state()
-            batches = list(shuffled_batches(lesson.images, self._batch, random))
+            batches = list(joint_batches(lesson.images, self._batch, random))
             if midway and skip:
                 random.set_state(midway.random)
             for step in range(skip, per_epoch):
                 parts = self._step(lesson, computed, batches[step], random, descent)
                 record = self.run.record
-                meter.step(record.steps, numbers(parts), descent.rate, len(batches[step]))
+                meter.step(record.steps, numbers(parts), descent.rate, sum(map(len, batches[step])))
                 if step + 1 < per_epoch and self._due(step + 1):
                     self._save(lesson, descent, finished - 1, step + 1, epoch_random, random)
             skip = 0
@@ -167,7 +167,7 @@ class Loop:
         self,
         lesson: Lesson,
         computed: nn.Module,
-        index: Tensor,
+        index: tuple[Tensor, ...],
         random: torch.Generator,
         descent: Descent,
     ) -> Losses:
@@ -190,7 +190,7 @@ class Loop:
                 descent.step(loss)
         self.run.record.losses.append(parts.total)
         self.run.record.steps += 1
-        self._progress.advance(parts.total, images=len(index))
+        self._progress.advance(parts.total, images=sum(map(len, index)))
         made: Losses = parts
         return made
 

@@ -83,6 +83,31 @@ def shuffled_batches(images: int, batch: int, generator: torch.Generator) -> Ite
         yield order[start : start + size]
 
 
+def joint_batches(
+    sizes: Sequence[int], batch: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, ...]]:
+    """One epoch over several sets at once: an index batch of each in every step.
+
+    The set with most batches is gone through once, as `shuffled_batches` would; a smaller one is
+    shuffled again whenever it is used up, so that every task has a batch in every step.
+    """
+    steps = joint_steps(sizes, batch)
+    epochs = [
+        [
+            index
+            for _ in range(-(-steps // steps_per_epoch(size, batch)))
+            for index in shuffled_batches(size, batch, generator)
+        ]
+        for size in sizes
+    ]
+    yield from zip(*(batches[:steps] for batches in epochs), strict=True)
+
+
+def joint_steps(sizes: Sequence[int], batch: int) -> int:
+    """Steps in one epoch of `joint_batches`."""
+    return max(steps_per_epoch(size, batch) for size in sizes)
+
+
 def derived_seed(seed: int, what: str) -> int:
     """A seed of its own for every random choice, so that none depends on what was drawn before."""
     digest = hashlib.sha256(f"{seed} {what}".encode()).digest()

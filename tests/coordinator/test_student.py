@@ -52,7 +52,7 @@ def test_grad_cam_is_the_closed_form_in_float64(student: Student) -> None:
         features = exact.stages(normal)
         top = exact.classify(features).argmax(1)
         # For a global mean and a linear head, alpha is the top class's weight over the pixels.
-        weight = exact.head.weight[top][:, :, None, None] / features[0, 0].numel()
+        weight = exact.head().weight[top][:, :, None, None] / features[0, 0].numel()
         expected = scale_maps(F.relu((weight * features).sum(1)))
     assert found.shape == expected.shape
     assert np.abs(found - expected.numpy()).max() < 1e-4
@@ -83,7 +83,7 @@ def test_accuracy_counts_top_1(student: Student) -> None:
     guess = predict(student, IMAGES).argmax(1)
     assert accuracy(student, IMAGES, guess) == 1.0
     assert accuracy(student, IMAGES, (guess + 1) % 3) == 0.0
-    logits = student.head(pooled_features(student, IMAGES)).detach().numpy()
+    logits = student.head()(pooled_features(student, IMAGES)).detach().numpy()
     assert np.allclose(logits, predict(student, IMAGES), atol=1e-5)
 
 
