@@ -17,23 +17,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from coordinator.amalgamation.aggregation import RoundPlan, run_round
 from coordinator.amalgamation.answers import TeacherAnswers, ask
 from coordinator.amalgamation.heads import fit_task_head
 from coordinator.amalgamation.task import AmalgamationTask, Losses
-from coordinator.augmentation import Jitter
 from coordinator.checkpoints import CurvePoint, RoundSelection, Run
 from coordinator.config import Config, ScratchConfig, WarmupConfig
 from coordinator.data import TaskData
-from coordinator.loop import Drawn, Lesson, Loop
-from coordinator.optimisation import OneCycle, stage_generator, steps_per_epoch
+from coordinator.loop import Drawn, Lesson
+from coordinator.optimisation import OneCycle, steps_per_epoch
 from coordinator.parallel import in_parallel
 from coordinator.progress import Progress, Silent
 from coordinator.ranks import ALONE, Ranks
 from coordinator.selection import Evidence, select
+from coordinator.stage import Stage
 from coordinator.student import (
     Student,
     StudentSpec,
@@ -103,8 +103,8 @@ def train(
         feature_layer=config.student.feature_layer,
     )
 
-    def stage(name: str) -> _Stage:
-        return _Stage(name, config, data, run, progress, ranks, tracking)
+    def stage(name: str) -> Stage:
+        return Stage(name, config, data, run, progress, ranks, tracking)
 
     scratch = _new_student(spec, config.seed).to(device)
     if config.scratch.epochs:
@@ -181,61 +181,6 @@ def require_shares(config: Config, data: TaskData, ranks: Ranks) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """One stage of the run, and what every stage needs."""
-
-    name: str
-    config: Config
-    data: TaskData
-    run: Run
-    progress: Progress
-    ranks: Ranks
-    tracking: Tracking
-
-    def resumed(self, **nets: nn.Module) -> bool:
-        """Whether an earlier run finished this stage; then the nets are as it left them."""
-        if not self.run.has(self.name):
-            return False
-        for key, net in nets.items():
-            net.load_state_dict(self.run.nets[key])
-        return True
-
-    def finish(self, **nets: nn.Module) -> None:
-        self.progress.end()
-        self.run.finish(self.name, {key: net.state_dict() for key, net in nets.items()})
-
-    def generator(self) -> torch.Generator:
-        return stage_generator(self.config.seed, self.name)
-
-    def learn(self, lesson: Lesson, random: torch.Generator) -> None:
-        config = self.config
-        loop = Loop(
-            self.run,
-            self.progress,
-            batch=config.batch,
-            weight_decay=config.weight_decay,
-            checkpoint_s=config.checkpoint_s,
-            ranks=self.ranks,
-            tracking=self.tracking,
-        )
-        loop.learn(lesson, random)
-
-    def drawn(self, index: Tensor, generator: torch.Generator) -> Drawn:
-        return Drawn(index, Jitter.draw(len(index), self.config.shift, generator))
-
-    def measure(self, images: int, student: Student) -> None:
-        """Add a point to the learning curve. The test set is for reports: nothing depends on it."""
-        test, record = self.data.test, self.run.record
-        reached = accuracy(student, test.images, test.labels) if test else None
-        loss = self.ranks.mean(float(np.mean(record.losses)))
-        record.curve.append(CurvePoint(self.name, images, loss, reached))
-        record.losses.clear()
-        if reached is not None:
-            network = "scratch" if self.name == "scratch" else "fedsa"
-            self.tracking.write(record.steps, {f"accuracy/{network}": reached})
-
-
 def _new_student(spec: StudentSpec, seed: int) -> Student:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
@@ -243,7 +188,7 @@ def _new_student(spec: StudentSpec, seed: int) -> Student:
 
 
 def _learn_labels(
-    stage: _Stage, key: str, student: Student, recipe: WarmupConfig | ScratchConfig
+    stage: Stage, key: str, student: Student, recipe: WarmupConfig | ScratchConfig
 ) -> None:
     """Cross-entropy on the probe set, from whatever `student` is."""
     if stage.resumed(**{key: student}):
@@ -276,7 +221,7 @@ def _learn_labels(
     stage.finish(**{key: student})
 
 
-def _saliency(stage: _Stage, teachers: Mapping[str, Teacher]) -> dict[str, NDArray[np.float32]]:
+def _saliency(stage: Stage, teachers: Mapping[str, Teacher]) -> dict[str, NDArray[np.float32]]:
     """Where every teacher looks on the probe images; asked once, for teachers do not change."""
     names = sorted(teachers)
     probe = stage.data.probe.images
@@ -292,7 +237,7 @@ def _saliency(stage: _Stage, teachers: Mapping[str, Teacher]) -> dict[str, NDArr
 
 
 def _select(
-    stage: _Stage,
+    stage: Stage,
     number: int,
     student: Student,
     teacher_maps: Mapping[str, NDArray[np.float32]],
@@ -314,7 +259,7 @@ def _select(
 
 
 def _task(
-    stage: _Stage,
+    stage: Stage,
     student: Student,
     teachers: Mapping[str, Teacher],
     answers: dict[str, TeacherAnswers],
@@ -357,7 +302,7 @@ def _task(
     return task
 
 
-def _aggregate(stage: _Stage, number: int, task: AmalgamationTask) -> None:
+def _aggregate(stage: Stage, number: int, task: AmalgamationTask) -> None:
     config = stage.config
     steps = config.aggregation.epochs * steps_per_epoch(len(task), config.batch)
     plan = RoundPlan(
@@ -389,7 +334,7 @@ def _aggregate(stage: _Stage, number: int, task: AmalgamationTask) -> None:
     stage.finish(**task.nets())
 
 
-def _fine_tune(stage: _Stage, task: AmalgamationTask) -> None:
+def _fine_tune(stage: Stage, task: AmalgamationTask) -> None:
     """A fresh head, then all of the student at a low rate, on the labels of the probe set.
 
     The head is fitted like a task head, to features that hold still, and so does no harm to them.
