@@ -36,6 +36,10 @@ from edge_teacher.rpc.address import BrokerAddress, parse_broker
 # waits takes the core from the one it waits for, on any machine that has something else to do.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+if "WORLD_SIZE" in os.environ:
+    # Several processes: torch would warn, once for each of them, of layers that one step does not use.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 

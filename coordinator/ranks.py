@@ -7,6 +7,7 @@ others do not, it is said here; alone, a process has nothing to say and all of t
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,6 +138,10 @@ class Ranks:
         """`module`, with gradients that are the mean of all processes'."""
         if self.alone:
             return module
+        # Of 1x1 convolutions, whose strides can be written in two ways; it is about speed only.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        # The word that replaces it is not in every torch that this runs with.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         # Buffers are evened out by us, and not overwritten with the first process's.
         return DistributedDataParallel(
             module,

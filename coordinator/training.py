@@ -17,24 +17,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from coordinator.amalgamation.aggregation import RoundPlan, run_round
 from coordinator.amalgamation.task import AmalgamationTask, Losses
-from coordinator.augmentation import Jitter
 from coordinator.checkpoints import CurvePoint, RoundSelection, Run
 from coordinator.config import Config, ScratchConfig, WarmupConfig
 from coordinator.consultation import Consultation
 from coordinator.data import SeveralTasks, TaskData, as_several
 from coordinator.kinds.kind import Features, Fit
 from coordinator.labels import Probes
-from coordinator.loop import Drawn, Lesson, Loop
+from coordinator.loop import Drawn, Lesson
 from coordinator.measures import first_metric, measured
-from coordinator.optimisation import OneCycle, joint_steps, stage_generator, steps_per_epoch
+from coordinator.optimisation import OneCycle, joint_steps, steps_per_epoch
 from coordinator.progress import Progress, Silent
 from coordinator.ranks import ALONE, Ranks
 from coordinator.roster import Lost, Online, Roster
 from coordinator.selection import Selection
+from coordinator.stage import Stage
 from coordinator.student import (
     HeadSpec,
     Student,
@@ -131,8 +131,8 @@ def train(
         feature_layer=config.student.feature_layer,
     )
 
-    def stage(name: str) -> _Stage:
-        return _Stage(name, config, tasks, run, progress, ranks, tracking)
+    def stage(name: str) -> Stage:
+        return Stage(name, config, tasks, run, progress, ranks, tracking)
 
     scratch = _new_student(spec, config.seed).to(device)
     if config.scratch.epochs:
@@ -235,68 +235,6 @@ def require_shares(config: Config, data: SeveralTasks, ranks: Ranks) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """One stage of the run, and what every stage needs."""
-
-    name: str
-    config: Config
-    data: SeveralTasks
-    run: Run
-    progress: Progress
-    ranks: Ranks
-    tracking: Tracking
-
-    def resumed(self, **nets: nn.Module) -> bool:
-        """Whether an earlier run finished this stage; then the nets are as it left them."""
-        if not self.run.has(self.name):
-            return False
-        for key, net in nets.items():
-            net.load_state_dict(self.run.nets[key])
-        return True
-
-    def finish(self, **nets: nn.Module) -> None:
-        self.progress.end()
-        self.run.finish(self.name, {key: net.state_dict() for key, net in nets.items()})
-
-    def generator(self) -> torch.Generator:
-        return stage_generator(self.config.seed, self.name)
-
-    def learn(self, lesson: Lesson, random: torch.Generator) -> None:
-        config = self.config
-        loop = Loop(
-            self.run,
-            self.progress,
-            batch=config.batch,
-            weight_decay=config.weight_decay,
-            checkpoint_s=config.checkpoint_s,
-            ranks=self.ranks,
-            tracking=self.tracking,
-        )
-        loop.learn(lesson, random)
-
-    def drawn(self, index: Tensor, generator: torch.Generator) -> Drawn:
-        return Drawn(index, Jitter.draw(len(index), self.config.shift, generator))
-
-    def measure(self, images: int, student: Student) -> None:
-        """Add a point to the learning curve. The test set is for reports: nothing depends on it."""
-        found, record = measured(student, self.data), self.run.record
-        reached = first_metric(found) if found else None
-        loss = self.ranks.mean(float(np.mean(record.losses)))
-        record.curve.append(CurvePoint(self.name, images, loss, reached, found))
-        record.losses.clear()
-        if reached is None:
-            return
-        network = "scratch" if self.name == "scratch" else "fedsa"
-        accuracies = {f"accuracy/{network}": reached}
-        if len(self.data.tasks) > 1:
-            accuracies |= {
-                f"accuracy/{network}/{name}": first_metric({name: metrics})
-                for name, metrics in found.items()
-            }
-        self.tracking.write(record.steps, accuracies)
-
-
 def _new_student(spec: StudentSpec, seed: int) -> Student:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
@@ -304,7 +242,7 @@ def _new_student(spec: StudentSpec, seed: int) -> Student:
 
 
 def _learn_labels(
-    stage: _Stage, key: str, student: Student, recipe: WarmupConfig | ScratchConfig
+    stage: Stage, key: str, student: Student, recipe: WarmupConfig | ScratchConfig
 ) -> None:
     """The tasks' losses on their probe sets, from whatever `student` is."""
     if stage.resumed(**{key: student}):
@@ -337,7 +275,7 @@ def _learn_labels(
 
 
 def _task(
-    stage: _Stage, student: Student, consultation: Consultation, number: int
+    stage: Stage, student: Student, consultation: Consultation, number: int
 ) -> AmalgamationTask:
     """The task for the teachers selected last."""
     data = stage.data
@@ -363,7 +301,7 @@ def _task(
     return task
 
 
-def _aggregate(stage: _Stage, number: int, task: AmalgamationTask) -> None:
+def _aggregate(stage: Stage, number: int, task: AmalgamationTask) -> None:
     config = stage.config
     steps = config.aggregation.epochs * steps_per_epoch(len(task), config.batch)
     plan = RoundPlan(
@@ -395,7 +333,7 @@ def _aggregate(stage: _Stage, number: int, task: AmalgamationTask) -> None:
     stage.finish(**task.nets())
 
 
-def _fine_tune(stage: _Stage, task: AmalgamationTask) -> None:
+def _fine_tune(stage: Stage, task: AmalgamationTask) -> None:
     """A fresh head, then all of the student at a low rate, on the labels of the probe set.
 
     The head is fitted like a task head, to features that hold still, and so does no harm to them.
