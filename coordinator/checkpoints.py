@@ -1,4 +1,8 @@
-"""The state of a training run on disk: written whole after every stage, read to go on."""
+"""The state of a training run on disk: written whole, after and within every stage, to go on from.
+
+What is written is all that the rest of the run depends on: the nets with their batch norm's
+statistics, the momentum, where in which stage the loop is, every random state, the selections.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,24 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from torch import Tensor
 
-from coordinator.config import BrokerConfig, Config, config_toml
+from coordinator.config import BrokerConfig, Config, DevicesConfig, config_toml
 from coordinator.data import SINGLE, SeveralTasks
 from coordinator.files import load_tensors, save_tensors
+from coordinator.roster import Lost
 from coordinator.selection import Selection
 from edge_teacher.contract.errors import UsageError
 
 State = Mapping[str, Tensor]
+
+COPY = "copy "
+"""How the names of nets begin that are copies of the student for a part of a stage."""
 
 
 class CurvePoint(msgspec.Struct, frozen=True):
@@ -50,21 +60,59 @@ class Record(msgspec.Struct):
     teachers: dict[str, str]
     """Name to identity."""
     finished: list[str] = []
+    losses: list[float] = []
+    """Of the steps since the last point of the curve."""
     curve: list[CurvePoint] = []
     selections: list[RoundSelection] = []
     accuracy: dict[str, float] = {}
     metrics: dict[str, dict[str, dict[str, float]]] = {}
     """By net, task and metric."""
     seconds: dict[str, float] = {}
+    lost: list[Lost] = []
+    """Teachers that were set aside, in the order in which they were."""
+
+
+@dataclass(frozen=True)
+class Midway:
+    """Where in a stage that is not finished the loop is, and what it had in hand there.
+
+    Attributes:
+        epoch, step: how many epochs are finished, and how many steps of the next.
+        optimiser: its state_dict.
+        epoch_random: the stage's generator as it was before the epoch's order was drawn.
+        random: the same as it is now; global_random: torch's own, which dropout draws from.
+    """
+
+    stage: str
+    epoch: int
+    step: int
+    optimiser: dict[str, Any]
+    epoch_random: Tensor
+    random: Tensor
+    global_random: Tensor
 
 
 class Run:
-    """A run in a folder: `record`, the weights of its nets, and which stages are finished."""
+    """A run in a folder: `record`, the weights of its nets, and how far it has come.
 
-    def __init__(self, folder: Path, record: Record, nets: dict[str, State]) -> None:
+    `midway` is where an earlier process was when it was last seen in a stage; `random` has the
+    state of a generator that several stages share, by the stage that used it last.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        record: Record,
+        nets: dict[str, State],
+        midway: Midway | None = None,
+        random: dict[str, Tensor] | None = None,
+    ) -> None:
         self.folder = folder
         self.record = record
         self.nets = nets
+        self.midway = midway
+        self.random = random or {}
+        self._running: dict[str, float] = {}
 
     @classmethod
     def open(
@@ -73,40 +121,99 @@ class Run:
         """Begin a run in `folder`, or go on with the one that is there.
 
         Raises UsageError if the run there was started with other settings, data or teachers: going
-        on would mix two experiments.
+        on would mix two experiments. A teacher that the run had set aside may be missing.
         """
         fresh = Record(_settings(config), fingerprint(data), dict(sorted(teachers.items())))
         path = _path(folder)
         if not path.exists():
             return cls(folder, fresh, {})
-        record, nets = _read(path)
+        run = _read(path)
+        record = run.record
         for what in ("config", "data", "teachers"):
+            if what == "teachers" and _same_but_for_the_lost(record, fresh):
+                continue
             if getattr(record, what) != getattr(fresh, what):
                 raise UsageError(
                     f"{folder} holds a run with other {what}{_difference(record, fresh, what)}; "
                     "go on with the same, or name a new folder."
                 )
-        return cls(folder, record, nets)
+        return run
+
+    def selected(self, number: int) -> bool:
+        """Whether the selection before round `number` is made; a round that goes on keeps it."""
+        return any(made.round == number for made in self.record.selections)
 
     def has(self, stage: str) -> bool:
         return stage in self.record.finished
 
-    def finish(self, stage: str, nets: Mapping[str, State]) -> None:
+    def finish(self, stage: str, nets: Mapping[str, State], random: Tensor | None = None) -> None:
         """The stage is over, and these are the nets now. On disk when this returns."""
         self.record.finished.append(stage)
+        if random is not None:
+            self.random[stage] = random
+        self.midway = None
         self.nets.update(nets)
-        state = {"record": msgspec.json.encode(self.record).decode(), "nets": self.nets}
-        save_tensors(_path(self.folder), state)
+        self.save()
+
+    def pause(self, midway: Midway, nets: Mapping[str, State]) -> None:
+        """The stage goes on, and this is how far it is. On disk when this returns."""
+        self.midway = midway
+        self.nets.update(nets)
+        self.save()
+
+    def begin_again(self, stage: str) -> None:
+        """A stage that is not finished starts from its first step, with the nets as they are."""
+        self.midway = None
+        self.record.losses.clear()
+        self.forget_parts(stage)
+
+    def forget_parts(self, stage: str) -> None:
+        """Drop what only the parts of a stage needed, which finishes next: copies and their random."""
+        self.random.clear()
+        for key in [key for key in self.nets if key.startswith(COPY)]:
+            del self.nets[key]
+        parts = f"{stage}, "
+        self.record.finished = [s for s in self.record.finished if not s.startswith(parts)]
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
         """Add the seconds that the block takes to `record.seconds[what]`."""
-        started = time.monotonic()
+        self._running[what] = time.monotonic()
         try:
             yield
         finally:
-            spent = time.monotonic() - started
-            self.record.seconds[what] = self.record.seconds.get(what, 0.0) + spent
+            self._count(what)
+            del self._running[what]
+
+    def _count(self, what: str) -> None:
+        now = time.monotonic()
+        spent = now - self._running[what]
+        self.record.seconds[what] = self.record.seconds.get(what, 0.0) + spent
+        self._running[what] = now
+
+    def save(self) -> None:
+        """Put all of it on disk, as it is now."""
+        for what in self._running:
+            self._count(what)
+        state = {
+            "record": msgspec.json.encode(self.record).decode(),
+            "nets": self.nets,
+            "midway": None if self.midway is None else vars(self.midway),
+            "random": self.random,
+        }
+        save_tensors(_path(self.folder), state)
+
+
+def begun(folder: Path) -> bool:
+    """Whether there is a run in `folder` that can be gone on with."""
+    return _path(folder).exists()
+
+
+def lost_in(folder: Path) -> set[str]:
+    """The teachers that the run in `folder` is going on without; none if there is no run."""
+    if not begun(folder):
+        return set()
+    return {one.teacher for one in _read(_path(folder)).record.lost if not one.back}
 
 
 def fingerprint(data: SeveralTasks) -> str:
@@ -126,19 +233,30 @@ def _path(folder: Path) -> Path:
     return folder / "checkpoint.pt"
 
 
-def _read(path: Path) -> tuple[Record, dict[str, State]]:
+def _read(path: Path) -> Run:
     what = "a checkpoint of this version"
     state = load_tensors(path, what)
     try:
-        return msgspec.json.decode(state["record"], type=Record), dict(state["nets"])
+        record = msgspec.json.decode(state["record"], type=Record)
+        midway = None if state["midway"] is None else Midway(**state["midway"])
+        return Run(path.parent, record, dict(state["nets"]), midway, dict(state["random"]))
     except (KeyError, TypeError, msgspec.DecodeError) as error:
         raise UsageError(f"{path} is not {what}: {error}; name a new folder.") from error
 
 
 def _settings(config: Config) -> str:
-    """What decides the result: neither the broker nor the number of threads does."""
-    neutral = msgspec.structs.replace(config, broker=BrokerConfig(), threads=0)
+    """What decides the result: not the broker, the threads, patience or how often it is saved."""
+    neutral = msgspec.structs.replace(
+        config, broker=BrokerConfig(), threads=0, devices=DevicesConfig(), checkpoint_s=0
+    )
     return config_toml(neutral)
+
+
+def _same_but_for_the_lost(there: Record, here: Record) -> bool:
+    away = {one.teacher for one in there.lost if not one.back}
+    return here.teachers.items() <= there.teachers.items() and (
+        there.teachers.keys() - here.teachers.keys() <= away
+    )
 
 
 def _difference(there: Record, here: Record, what: str) -> str:

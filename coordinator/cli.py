@@ -12,18 +12,20 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from coordinator.export_commands import add_export, signing_key
-from coordinator.task_flags import require_settings, task_flags
+from coordinator.cache_commands import add_cache
+from coordinator.export_commands import add_export
+from coordinator.task_flags import task_flags
 from coordinator.terminal import console as stderr
 from coordinator.terminal import percent, plain, print_json, printable, stdout
+from coordinator.train_command import add_train, finish, new_run, run_options, run_settings
 from edge_teacher import __version__
 from edge_teacher.contract.errors import FedsaError, UsageError
 from edge_teacher.contract.topics import check_name
@@ -41,8 +43,6 @@ INTERRUPTED = 130
 
 
 def parser() -> argparse.ArgumentParser:
-    from coordinator.config import config_keys
-
     top = argparse.ArgumentParser(
         prog="fedsa",
         description="Private teachers on edge devices teach one student.",
@@ -70,33 +70,9 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--port", type=_port, help="of the broker, on loopback (default: a free one)")
     demo.add_argument("--examples", type=Path, help="the repository's examples/")
 
-    train = command("train", _train, "train a student from the devices on a broker")
-    train.add_argument("--name", help="folder of this run; given again, the run goes on")
-    train.add_argument(
-        "--task",
-        help="the student's name on the devices; with [tasks] each has its own, and this names the run",
-    )
-    train.add_argument("--deploy", action="store_true", help="install the student on the teachers")
-    train.add_argument("--teachers", type=_count, default=1, help="wait for so many (default 1)")
-    train.add_argument(
-        "--device",
-        action="append",
-        default=[],
-        help="teacher to learn from (repeatable; default: all)",
-    )
-    signing_key(train)
-    _broker_options(train, required=False)
+    run_options(demo)
 
-    for each in (demo, train):
-        each.add_argument("--config", type=Path, help="TOML file of settings")
-        each.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
-        settings = each.add_argument_group(
-            "settings",
-            "over FEDSA_… variables, over --config; of several tasks --tasks.NAME.probe and so on",
-        )
-        for key, description in config_keys().items():
-            if not key.startswith("broker."):
-                settings.add_argument(f"--{key}", metavar="VALUE", help=description)
+    add_train(command, _broker_options)
 
     command("config", _config, "print every setting with its default, as TOML", json=False)
 
@@ -108,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     _broker_options(devices)
 
     add_export(commands, command)
+    add_cache(commands, command)
 
     deploy = command("deploy", _deploy, "install a student bundle on devices")
     deploy.add_argument("--bundle", type=Path, required=True)
@@ -151,12 +128,6 @@ def _broker_options(command: argparse.ArgumentParser, *, required: bool = True) 
 def _port(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port: take 1 to 65535")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 100_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of teachers: take 1 or more")
     return int(text)
 
 
@@ -211,10 +182,10 @@ def _demo(options: argparse.Namespace) -> int:
     from coordinator.demo import EXAMPLES, DemoOptions, run_demo, with_demo_data
 
     examples = options.examples or EXAMPLES
-    config = load_config(options.config, _settings(options))
+    config = load_config(options.config, run_settings(options))
     if config.broker.url:
         stderr.print(f"The demo starts a broker of its own; {config.broker.url} is not used")
-    folder = _new_run(options.runs)
+    folder = new_run(options.runs)
     report = run_demo(
         DemoOptions(
             config=with_demo_data(config, examples),
@@ -224,61 +195,7 @@ def _demo(options: argparse.Namespace) -> int:
             port=options.port,
         )
     )
-    _finish(report, folder, options)
-    return 0
-
-
-def _train(options: argparse.Namespace) -> int:
-    from coordinator.config import load_config
-    from coordinator.connection import connect
-    from coordinator.data import read_configured
-    from coordinator.files import locked
-    from coordinator.pipeline import TaskRun, Timings, run_task
-    from coordinator.terminal import TerminalProgress
-    from coordinator.training import require_enough
-
-    if options.name in ("latest", "answers"):
-        raise UsageError(f"{options.name!r} has a meaning in {options.runs}: choose another --name")
-    folder = options.runs / check_name(options.name) if options.name else _new_run(options.runs)
-    config = load_config(options.config, {**_settings(options), **_broker_settings(options)})
-    require_settings(config)
-    if options.task is None and not config.tasks:
-        raise UsageError("there is no name for the student on the devices: give one with --task")
-    name = check_name(options.task or "-".join(config.tasks))
-    timings = Timings()
-    with timings.of("data"):
-        task = read_configured(config)
-    broker = config.broker
-    address = parse_broker(
-        broker.url,
-        ca=_path(broker.ca),
-        certificate=_path(broker.certificate),
-        key=_path(broker.key),
-    )
-    key = private_key_at(options.signing_key)
-    with ExitStack() as stack:
-        connection = stack.enter_context(connect(address, name=broker.name))
-        devices = connection.fleet.wait(options.teachers, names=[*map(check_name, options.device)])
-        if options.device:
-            devices = [device for device in devices if device.name in options.device]
-        require_enough(config, len(devices))
-        folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locked(folder))
-        stderr.print(f"{len(devices)} teachers: {', '.join(d.name for d in devices)}")
-        stderr.print(f"This run is in {folder}; with --name {folder.name} it can be gone on with")
-        run = TaskRun(
-            command="fedsa train",
-            task=name,
-            config=config,
-            data=task,
-            folder=folder,
-            cache=options.runs / "answers",
-            key=key,
-            deploy=options.deploy,
-        )
-        with TerminalProgress() as progress:
-            report = run_task(run, connection, devices, progress, timings)
-    _finish(report, folder, options)
+    finish(report, folder, options)
     return 0
 
 
@@ -290,7 +207,6 @@ def _config(_options: argparse.Namespace) -> int:
 
 
 def _key(options: argparse.Namespace) -> int:
-    from edge_teacher.keys import private_key_at
 
     key = private_key_at(options.out)
     public = public_path(options.out)
@@ -406,66 +322,8 @@ def _coordinator(options: argparse.Namespace) -> str:
     return options.coordinator or "coordinator"
 
 
-def _broker_settings(options: argparse.Namespace) -> Mapping[str, str]:
-    """The broker's flags as the settings they go over."""
-    given = {
-        "broker.url": options.broker,
-        "broker.ca": options.ca,
-        "broker.certificate": options.certificate,
-        "broker.key": options.private_key,
-        "broker.name": options.coordinator,
-    }
-    return {key: value for key, value in given.items() if value is not None}
-
-
 def _path(text: str | None) -> Path | None:
     return Path(text) if text else None
-
-
-def _settings(options: argparse.Namespace) -> Mapping[str, str]:
-    """The configuration keys given as flags."""
-    from coordinator.config import config_keys
-
-    given = {key: getattr(options, key, None) for key in config_keys()}
-    of_tasks: dict[str, str] = options.tasks
-    return {key: value for key, value in given.items() if value is not None} | of_tasks
-
-
-def _new_run(runs: Path) -> Path:
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder, number = runs / stamp, 1
-    while folder.exists():
-        number += 1
-        folder = runs / f"{stamp}-{number}"
-    return folder
-
-
-def _finish(report: Any, folder: Path, options: argparse.Namespace) -> None:
-    """Point runs/latest to a run that has a report, and show what came out."""
-    link = options.runs / ".latest"
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.relative_to(options.runs), target_is_directory=True)
-    link.replace(options.runs / "latest")
-    if options.json:
-        print_json(plain(report))
-        return
-    accuracy = report.accuracy
-    from coordinator.report import metric_name
-
-    table = Table("on the test set", metric_name(report.metric))
-    table.add_row("from scratch, same labels", percent(accuracy.scratch))
-    table.add_row("FedSA student, FP32", percent(accuracy.fedsa_fp32))
-    table.add_row("FedSA student, INT8", percent(accuracy.fedsa_int8))
-    if accuracy.deployed:
-        answers = sorted(accuracy.deployed.values())
-        spread = percent(answers[0])
-        if answers[0] != answers[-1]:
-            spread += f" to {percent(answers[-1])}"
-        table.add_row(f"INT8, as {len(answers)} devices answer", spread)
-    stdout.print(table)
-    chosen = [f"{t.id} ({t.weight:.2f})" for t in report.teachers if t.selected]
-    stdout.print(f"Selected of {len(report.teachers)} teachers: {', '.join(chosen)}")
-    stdout.print(f"{report.seconds['total']:.0f} s; report: {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

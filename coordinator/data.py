@@ -51,6 +51,23 @@ class LabelledImages:
         return replace(self, labels=kind.check(self.labels, self.images, self.classes, where))
 
 
+def spread(labelled: LabelledImages, most: int) -> LabelledImages:
+    """At most `most` of the images: as many of every class as there are, up to an equal share.
+
+    An image of several classes counts as the one that its kind's `groups` say.
+    """
+    if len(labelled) <= most:
+        return labelled
+    groups = kind_named(labelled.kind).groups(labelled.labels)
+    present, counts = np.unique(groups, return_counts=True)
+    share = most // len(present)
+    while np.minimum(counts, share + 1).sum() <= most:
+        share += 1
+    rows = [np.flatnonzero(groups == group)[: max(share, 1)] for group in present]
+    chosen = np.sort(np.concatenate(rows))
+    return replace(labelled, images=labelled.images[chosen], labels=labelled.labels[chosen])
+
+
 @dataclass(frozen=True)
 class TaskData:
     """The user's new task. All sets have images of one size, and `test` the classes of `probe`.
@@ -140,12 +157,17 @@ class SeveralTasks:
 
     def rows(self, name: str) -> slice:
         """Where a task's images are among the `probe_images`."""
-        start = 0
-        for other, task in self.tasks.items():
-            if other == name:
-                return slice(start, start + len(task.probe))
-            start += len(task.probe)
-        raise KeyError(name)
+        return rows_of({task: len(each.probe) for task, each in self.tasks.items()}, name)
+
+
+def rows_of(sizes: Mapping[str, int], name: str) -> slice:
+    """Where the images of one of several sets, by name, are when they lie one after the other."""
+    start = 0
+    for other, size in sizes.items():
+        if other == name:
+            return slice(start, start + size)
+        start += size
+    raise KeyError(name)
 
 
 def as_several(data: TaskData | SeveralTasks) -> SeveralTasks:

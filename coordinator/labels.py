@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from coordinator.augmentation import Jitter
 from coordinator.data import SeveralTasks
 from coordinator.kinds import Features
+from coordinator.loop import Drawn
 from coordinator.student import Student
 
 
@@ -22,22 +22,19 @@ class Probes:
         self._labels = {n: torch.from_numpy(t.probe.labels) for n, t in data.tasks.items()}
 
     @property
-    def sizes(self) -> list[int]:
+    def sizes(self) -> tuple[int, ...]:
         """How many images each task has, in the order of the tasks."""
-        return [len(images) for images in self._images.values()]
+        return tuple(len(images) for images in self._images.values())
 
-    def loss(
-        self, student: Student, batches: Sequence[Tensor], shift: int, generator: torch.Generator
-    ) -> Tensor:
-        """sum_t v_t L_t, over an index batch int64[N] of each task, jittered by up to `shift` pixels.
+    def loss(self, student: Student, drawn: Sequence[Drawn]) -> Tensor:
+        """sum_t v_t L_t, over a batch of each task.
 
         All batches go through the backbone together: batch norm then sees what it will see later.
         """
         images, labels = [], []
-        for (name, task), index in zip(self._tasks.items(), batches, strict=True):
-            jitter = Jitter.draw(len(index), shift, generator)
-            images.append(jitter.images(self._images[name][index]))
-            labels.append(task.kind.moved(self._labels[name][index], jitter))
+        for (name, task), batch in zip(self._tasks.items(), drawn, strict=True):
+            images.append(batch.jitter.images(self._images[name][batch.index]))
+            labels.append(task.kind.moved(self._labels[name][batch.index], batch.jitter))
         if len(images) == 1:
             # Not cut out of a joint batch: a copy of the gradient may lie, and so round, otherwise.
             parts = [Features.of(student.feature_map(images[0]))]

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,14 @@ class Descent:
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         self._sgd.step()
         self._step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The momentum; where in the cycle it is, its `start` says."""
+        state: dict[str, Any] = self._sgd.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sgd.load_state_dict(state)
 
 
 def steps_per_epoch(images: int, batch: int) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
+from coordinator.answers import AnswerCache
 from coordinator.config import Config
 from coordinator.connection import Connection
 from coordinator.data import SINGLE, SeveralTasks, TaskData, as_several
@@ -43,7 +45,7 @@ from coordinator.results import (
 )
 from coordinator.rollout import predict, roll_out
 from coordinator.selection import Evidence, common_size, similarities
-from coordinator.teachers import AnswerCache, RemoteTeacher
+from coordinator.teachers import RemoteTeacher
 from coordinator.training import TrainingResult, train
 from edge_teacher.contract.errors import CheckFailed
 from edge_teacher.files import write_atomically
@@ -101,10 +103,15 @@ def run_task(
     """
     began = time.monotonic()
     started = datetime.now().astimezone().isoformat(timespec="seconds")
-    cache = AnswerCache(run.cache)
     ledger = EncodingLedger()
-    teachers = {d.name: RemoteTeacher(connection.caller, d.card, cache, ledger) for d in devices}
-    result = train(run.config, run.data, teachers, run.folder, progress)
+    with AnswerCache(run.cache, progress.say) as cache:
+        patience_s = run.config.devices.patience_s
+        teachers = {
+            d.name: RemoteTeacher(connection.caller, d.card, cache, ledger, patience_s=patience_s)
+            for d in devices
+        }
+        online = partial(_online, connection)
+        result = train(run.config, run.data, teachers, run.folder, progress, online)
     timings.seconds.update({stage: round(s, 2) for stage, s in result.seconds.items()})
 
     packaged = _package(run, result, progress, timings)
@@ -137,6 +144,7 @@ def run_task(
                 for device, methods in sorted(connection.caller.wire.items())
             },
             encodings=ledger.costs(),
+            lost=result.lost,
             seconds={**timings.seconds, TOTAL: round(total, 2)},
             config=msgspec.to_builtins(run.config),
             software={
@@ -152,6 +160,11 @@ def run_task(
     if not run.deploy:
         return trained
     return report(_deploy(run, result.data, connection, devices, packaged, progress, timings))
+
+
+def _online(connection: Connection) -> dict[str, str]:
+    """Name to identity of who is there now."""
+    return {device.name: device.card.bundle for device in connection.fleet.devices()}
 
 
 def some(images: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
@@ -261,18 +274,20 @@ def _pictures(result: TrainingResult) -> Pictures:
     most = max(1, PICTURES // len(data.tasks))
     chosen: list[int] = []
     labels: list[str] = []
-    for name, task in data.tasks.items():
-        first = data.rows(name).start
-        for image, shown in task.kind.examples(task.probe.labels, task.classes, most):
+    first = 0
+    for name, looked in result.looked_at.items():
+        task = data.tasks[name]
+        for image, shown in task.kind.examples(looked.labels, task.classes, most):
             chosen.append(first + image)
             labels.append(shown if len(data.tasks) == 1 else f"{name}: {shown}")
+        first += len(looked)
     size = common_size(Evidence(result.student_maps, result.teacher_maps))
     student = result.student_maps[chosen]
     maps: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = {
         name: found[chosen] for name, found in result.teacher_maps.items()
     }
     return Pictures(
-        images=data.probe_images[chosen],
+        images=np.concatenate([seen.images for seen in result.looked_at.values()])[chosen],
         student=student,
         teachers=dict(maps),
         similarities={name: similarities(student, found, size) for name, found in maps.items()},

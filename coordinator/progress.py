@@ -8,12 +8,15 @@ from typing import Protocol
 class Progress(Protocol):
     """Called from the training thread; a stage begins, advances `steps` times, and ends."""
 
-    def begin(self, stage: str, steps: int) -> None:
-        """A stage of so many steps begins: "scratch", "warm-up", "ask <teacher>", "round 3", …"""
+    def begin(self, stage: str, steps: int, done: int = 0) -> None:
+        """A stage of so many steps begins: "scratch", "warm-up", "ask", "round 3", …
+
+        `done` of them were done by an earlier process, which this one goes on for.
+        """
         ...
 
-    def advance(self, loss: float | None = None) -> None:
-        """One step of the stage is done, with this loss where it is a step of training."""
+    def advance(self, loss: float | None = None, images: int = 0) -> None:
+        """One step of the stage is done; one of training has a loss, and a number of images."""
         ...
 
     def end(self) -> None:
@@ -28,10 +31,10 @@ class Progress(Protocol):
 class Silent:
     """A Progress that tells nobody."""
 
-    def begin(self, stage: str, steps: int) -> None:
+    def begin(self, stage: str, steps: int, done: int = 0) -> None:
         pass
 
-    def advance(self, loss: float | None = None) -> None:
+    def advance(self, loss: float | None = None, images: int = 0) -> None:
         pass
 
     def end(self) -> None:

@@ -6,6 +6,7 @@ Where stderr is no terminal, the bars are plain lines.
 from __future__ import annotations
 
 import sys
+import time
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +24,9 @@ from rich.progress import (
 # No markup: what devices and files are called comes from elsewhere and may look like it.
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 stdout = Console(highlight=False, markup=False, soft_wrap=True)
+
+_LINE_EVERY_S = 30.0
+"""Where stderr is no terminal, a stage that takes longer says how far it is."""
 
 
 def printable(text: str) -> str:
@@ -54,12 +58,15 @@ class TerminalProgress:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"),
+            TextColumn("{task.fields[note]}"),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
         self._task: TaskID | None = None
+        self._stage = ""
+        self._steps = self._done = self._first = self._images = 0
+        self._began = self._said = 0.0
 
     def __enter__(self) -> TerminalProgress:
         self._bars.start()
@@ -73,17 +80,33 @@ class TerminalProgress:
     ) -> None:
         self._bars.stop()
 
-    def begin(self, stage: str, steps: int) -> None:
+    def begin(self, stage: str, steps: int, done: int = 0) -> None:
         self.end()
         if not console.is_terminal:
             console.print(f"  {stage} …")
-        self._task = self._bars.add_task(stage, total=max(1, steps), loss="")
+        self._stage, self._steps, self._done, self._first = stage, max(1, steps), done, done
+        self._images, self._began = 0, time.monotonic()
+        self._said = self._began
+        self._task = self._bars.add_task(stage, total=max(1, steps), completed=done, note="")
 
-    def advance(self, loss: float | None = None) -> None:
-        if self._task is not None:
-            self._bars.advance(self._task)
-            if loss is not None:
-                self._bars.update(self._task, loss=f"loss {loss:.3f}")
+    def advance(self, loss: float | None = None, images: int = 0) -> None:
+        if self._task is None:
+            return
+        self._done += 1
+        self._images += images
+        self._bars.advance(self._task)
+        if loss is None:
+            return
+        now = time.monotonic()
+        rate = self._images / max(now - self._began, 1e-9)
+        self._bars.update(self._task, note=f"loss {loss:.3f}  {rate:,.0f} images/s")
+        if not console.is_terminal and now - self._said >= _LINE_EVERY_S:
+            self._said = now
+            left = (now - self._began) / (self._done - self._first) * (self._steps - self._done)
+            console.print(
+                f"  {self._stage}: {self._done / self._steps:.0%}, loss {loss:.3f}, "
+                f"{rate:,.0f} images/s, {left:,.0f} s left"
+            )
 
     def end(self) -> None:
         if self._task is not None:

@@ -2,8 +2,9 @@
 
 The order is the method's (Xie et al. 2022): the student is warmed up on the probe set, then for
 some rounds learns from the teachers, selected again every so often as it changes, and at last gets
-a fresh head that is trained on the probe set. The state is on disk after every stage; a run that
-was interrupted goes on from the last finished one and ends with the same weights.
+a fresh head that is trained on the probe set. Every stage that learns is a `Lesson` for the one
+loop, which keeps the state on disk; a run that was interrupted, in whatever way, goes on from there
+and ends with the same weights.
 """
 
 from __future__ import annotations
@@ -12,33 +13,28 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from coordinator.amalgamation.aggregation import RoundPlan, run_round
-from coordinator.amalgamation.answers import TeacherAnswers, ask
 from coordinator.amalgamation.task import AmalgamationTask, Losses
 from coordinator.augmentation import Jitter
 from coordinator.checkpoints import CurvePoint, RoundSelection, Run
 from coordinator.config import Config, ScratchConfig, WarmupConfig
-from coordinator.data import SeveralTasks, TaskData, as_several
+from coordinator.consultation import Consultation
+from coordinator.data import LabelledImages, SeveralTasks, TaskData, as_several
 from coordinator.kinds.kind import Features, Fit
 from coordinator.labels import Probes
+from coordinator.loop import Drawn, Lesson, Loop
 from coordinator.measures import first_metric, measured
-from coordinator.optimisation import (
-    Descent,
-    OneCycle,
-    joint_batches,
-    joint_steps,
-    stage_generator,
-    steps_per_epoch,
-)
-from coordinator.parallel import in_parallel
+from coordinator.optimisation import OneCycle, joint_steps, stage_generator, steps_per_epoch
 from coordinator.progress import Progress, Silent
-from coordinator.selection import Evidence, Selection, select
+from coordinator.roster import Lost, Online, Roster
+from coordinator.selection import Selection
 from coordinator.student import (
     HeadSpec,
     Student,
@@ -51,7 +47,6 @@ from coordinator.student import (
 from coordinator.teachers import Teacher
 from edge_teacher.contract.errors import UsageError
 
-_MEASURE_EVERY_EPOCHS = 5
 _MAPS = 500
 
 
@@ -59,8 +54,8 @@ _MAPS = 500
 class TrainingResult:
     """What came out of a run.
 
-    student_maps [P, s, s] and teacher_maps {name: [P, S, S]} are of the probe images, one task's after
-    the other's (`data.rows`), the student's as it is at the end. Accuracies are the first metric of the
+    student_maps [P, s, s] and teacher_maps {name: [P, S, S]} are of `looked_at`, by task, one task's
+    images after the other's, the student's as it is at the end. Accuracies are the first metric of the
     task's kind on the test set, with several tasks the mean over those that have one, absent without
     any; `metrics` has every metric by net, task and name. Seconds are by stage.
     """
@@ -70,12 +65,14 @@ class TrainingResult:
     student: Student
     scratch: Student | None
     selections: tuple[RoundSelection, ...]
+    looked_at: Mapping[str, LabelledImages]
     student_maps: NDArray[np.float32]
     teacher_maps: Mapping[str, NDArray[np.float32]]
     curve: tuple[CurvePoint, ...]
     accuracy: Mapping[str, float]
     metrics: Mapping[str, Mapping[str, Mapping[str, float]]]
     seconds: Mapping[str, float]
+    lost: tuple[Lost, ...] = ()
 
     def last_selections(self) -> dict[str, Selection]:
         """By task."""
@@ -88,20 +85,32 @@ def train(
     teachers: Mapping[str, Teacher],
     folder: Path,
     progress: Progress | None = None,
+    online: Online | None = None,
 ) -> TrainingResult:
     """Train a student for `data`, one task or several, from `teachers`, keeping state in `folder`.
 
-    Writes `folder`/checkpoint.pt after every stage, and `folder`/student.pt at the end. Raises
-    UsageError without teachers or if `folder` holds another run, CheckFailed for an answer that
-    makes no sense, and whatever a teacher raises.
+    Writes `folder`/checkpoint.pt after every stage and every `config.checkpoint_s` seconds within
+    one, and `folder`/student.pt at the end. A teacher that does not answer, or not with what makes
+    sense, is set aside, and the run goes on with the others; `online` says who is there, so that one
+    that has come back is asked again at the next selection. Raises UsageError without teachers or if
+    `folder` holds another run, and CheckFailed, naming everyone who was set aside, when fewer than
+    `devices.least` are left.
     """
     if not teachers:
         raise UsageError("There is no teacher to learn from; start at least one device.")
-    require_enough(config, len(teachers))
     progress = progress or Silent()
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     tasks = as_several(data)
     run = Run.open(folder, config, tasks, {name: t.identity for name, t in teachers.items()})
+    require_enough(config, len(run.record.teachers))
+    roster = Roster(
+        teachers,
+        run.record.lost,
+        progress,
+        least=config.devices.least,
+        online=online,
+        keep=run.save,
+    )
     heads = {name: HeadSpec(t.probe.kind, t.classes) for name, t in tasks.tasks.items()}
     spec = StudentSpec.of_images(tasks.transfer, heads, config.student.channels)
 
@@ -116,27 +125,28 @@ def train(
     student = _new_student(spec, config.seed)
     _learn_labels(stage("warm-up"), "student", student, config.warmup)
 
-    teacher_maps = _saliency(stage("saliency"), teachers)
-    answers: dict[str, TeacherAnswers] = {}
+    consultation = Consultation(config, tasks, run, roster, progress)
+    consultation.open()
     task: AmalgamationTask | None = None
     for number in range(config.aggregation.rounds):
         round_stage = stage(f"round {number + 1}")
         if round_stage.resumed(student=student):
             continue
-        if number % config.selection.every_rounds == 0:
-            _select(stage("select"), number, student, teacher_maps)
+        if number % config.selection.every_rounds == 0 and not run.selected(number):
+            consultation.select(number, student)
             task = None
         if task is None:
-            task = _task(stage("ask"), student, teachers, answers)
+            task = _task(round_stage, student, consultation, number)
         _aggregate(round_stage, number, task)
 
     if config.finetune.epochs:
         finetune = stage("fine-tune")
         if not finetune.resumed(student=student):
             if task is None:
-                task = _task(stage("ask"), student, teachers, answers)
+                task = _task(finetune, student, consultation, config.aggregation.rounds)
             _fine_tune(finetune, task)
 
+    roster.roll_call("end")
     student.eval()
     scratch.eval()
     save_student(student, folder / "student.pt")
@@ -151,19 +161,16 @@ def train(
         student=student,
         scratch=trained.get("scratch"),
         selections=tuple(run.record.selections),
-        student_maps=_student_maps(student, tasks),
-        teacher_maps=teacher_maps,
+        looked_at=consultation.images,
+        student_maps=np.concatenate(
+            [grad_cam(student, seen.images, name) for name, seen in consultation.images.items()]
+        ),
+        teacher_maps=consultation.teacher_maps,
         curve=tuple(run.record.curve),
         accuracy=run.record.accuracy,
         metrics=run.record.metrics,
         seconds=run.record.seconds,
-    )
-
-
-def _student_maps(student: Student, data: SeveralTasks) -> NDArray[np.float32]:
-    """Where the student looks on each task's probe images with that task's head, [P, s, s]."""
-    return np.concatenate(
-        [grad_cam(student, task.probe.images, name) for name, task in data.tasks.items()]
+        lost=tuple(run.record.lost),
     )
 
 
@@ -174,6 +181,11 @@ def require_enough(config: Config, teachers: int) -> None:
         raise UsageError(
             f"selection.k is {config.selection.k} and there {there}; "
             "start more of them or choose a smaller k."
+        )
+    if config.devices.least > teachers:
+        raise UsageError(
+            f"devices.least is {config.devices.least}, and {teachers} teachers are there; "
+            "start more of them or choose a smaller number."
         )
 
 
@@ -202,13 +214,27 @@ class _Stage:
     def generator(self) -> torch.Generator:
         return stage_generator(self.config.seed, self.name)
 
-    def measure(self, images: int, losses: list[float], student: Student) -> None:
+    def learn(self, lesson: Lesson, random: torch.Generator) -> None:
+        config = self.config
+        loop = Loop(
+            self.run,
+            self.progress,
+            batch=config.batch,
+            weight_decay=config.weight_decay,
+            checkpoint_s=config.checkpoint_s,
+        )
+        loop.learn(lesson, random)
+
+    def drawn(self, index: Tensor, generator: torch.Generator) -> Drawn:
+        return Drawn(index, Jitter.draw(len(index), self.config.shift, generator))
+
+    def measure(self, images: int, student: Student) -> None:
         """Add a point to the learning curve. The test set is for reports: nothing depends on it."""
-        found = measured(student, self.data)
+        record, found = self.run.record, measured(student, self.data)
         reached = first_metric(found) if found else None
-        loss = float(np.mean(losses))
-        self.run.record.curve.append(CurvePoint(self.name, images, loss, reached, found))
-        losses.clear()
+        loss = float(np.mean(record.losses))
+        record.curve.append(CurvePoint(self.name, images, loss, reached, found))
+        record.losses.clear()
 
 
 def _new_student(spec: StudentSpec, seed: int) -> Student:
@@ -223,107 +249,49 @@ def _learn_labels(
     """The tasks' losses on their probe sets, from whatever `student` is."""
     if stage.resumed(**{key: student}):
         return
-    config = stage.config
-    probes = Probes(stage.data)
-    generator = stage.generator()
-    epochs = recipe.epochs
-    steps = epochs * joint_steps(probes.sizes, config.batch)
-    descent = Descent([student], OneCycle(recipe.rate, steps), config.weight_decay)
-    stage.progress.begin(stage.name, steps)
-    losses: list[float] = []
-    student.train()
+    config, probes = stage.config, Probes(stage.data)
+
+    def draw(*given: Any) -> tuple[Drawn, ...]:
+        *indices, generator = given
+        return tuple(stage.drawn(index, generator) for index in indices)
+
+    def loss(*drawn: Drawn) -> tuple[Tensor, Losses]:
+        value = probes.loss(student, drawn)
+        return value, Losses(float(value.detach()))
+
+    steps = recipe.epochs * joint_steps(probes.sizes, config.batch)
+    lesson = Lesson(
+        name=stage.name,
+        nets={key: student},
+        trained=[student],
+        images=probes.sizes,
+        epochs=recipe.epochs,
+        cycle=OneCycle(recipe.rate, steps),
+        draw=draw,
+        loss=loss,
+        measure=lambda epoch: stage.measure(epoch * sum(probes.sizes), student),
+    )
     with stage.run.timed(stage.name):
-        for epoch in range(1, epochs + 1):
-            for index in joint_batches(probes.sizes, config.batch, generator):
-                loss = probes.loss(student, index, config.shift, generator)
-                descent.step(loss)
-                losses.append(float(loss.detach()))
-                stage.progress.advance(losses[-1])
-            if epoch % _MEASURE_EVERY_EPOCHS == 0 or epoch == epochs:
-                stage.measure(epoch * sum(probes.sizes), losses, student)
+        stage.learn(lesson, stage.generator())
     stage.finish(**{key: student})
 
 
-def _saliency(stage: _Stage, teachers: Mapping[str, Teacher]) -> dict[str, NDArray[np.float32]]:
-    """Where every teacher looks on the probe images; asked once, for teachers do not change."""
-    names = sorted(teachers)
-    probe = stage.data.probe_images
-    stage.progress.begin(stage.name, len(teachers))
-    with stage.run.timed(stage.name):
-        answers = in_parallel(
-            [teachers[name] for name in names],
-            lambda teacher: teacher.saliency(probe),
-            stage.progress.advance,
-        )
-    stage.progress.end()
-    return dict(zip(names, answers, strict=True))
-
-
-def _select(
-    stage: _Stage,
-    number: int,
-    student: Student,
-    teacher_maps: Mapping[str, NDArray[np.float32]],
-) -> None:
-    """Select for round `number`, for every task by where the student looks now with that task's head."""
-    config = stage.config
-    for i, (name, task) in enumerate(stage.data.tasks.items()):
-        with stage.run.timed(stage.name):
-            rows = stage.data.rows(name)
-            evidence = Evidence(
-                grad_cam(student, task.probe.images, name),
-                {teacher: maps[rows] for teacher, maps in teacher_maps.items()},
-            )
-            # The first task's draws are those it has alone.
-            rng = np.random.default_rng([config.seed, number, i] if i else [config.seed, number])
-            selection = select(config.selection.strategy, evidence, config.selection.k, rng)
-        stage.run.record.selections.append(RoundSelection(number, selection, name))
-        shares = ", ".join(f"{name} ({weight:.2f})" for name, weight in selection.weights.items())
-        of_task = f" for {name}" if len(stage.data.tasks) > 1 else ""
-        stage.progress.say(f"Selected{of_task} before round {number + 1}: {shares}")
-
-
 def _task(
-    stage: _Stage,
-    student: Student,
-    teachers: Mapping[str, Teacher],
-    answers: dict[str, TeacherAnswers],
+    stage: _Stage, student: Student, consultation: Consultation, number: int
 ) -> AmalgamationTask:
-    """The task for the teachers selected last; `answers` keeps what was asked, for later rounds."""
-    config, data = stage.config, stage.data
-    selected = {found.task: found.selection.weights for found in stage.run.record.selections}
-    asked = dict.fromkeys(name for weights in selected.values() for name in weights)
-    missing = [name for name in asked if name not in answers]
-    # Without soft targets nothing is fitted to the maps.
-    by_maps = config.aggregation.soft_targets > 0 and any(
-        t.kind.wants_maps for t in data.tasks.values()
-    )
-    stage.progress.begin(stage.name, len(missing))
-    with stage.run.timed(stage.name):
-        found = in_parallel(
-            [teachers[name] for name in missing],
-            lambda teacher: ask(
-                teacher,
-                data.probe_images,
-                data.transfer,
-                flips=config.aggregation.flips,
-                maps=config.aggregation.hint_maps > 0 or by_maps,
-                probe_maps=by_maps,
-            ),
-            stage.progress.advance,
-        )
-    answers.update(zip(missing, found, strict=True))
-    stage.progress.end()
+    """The task for the teachers selected last."""
+    selected = consultation.ask(number, student)
+    data = stage.data
     with stage.run.timed("head"):
         task = AmalgamationTask(
             student,
             data,
-            answers,
+            consultation.answers,
             selected,
             stage.run.nets,
-            config.aggregation,
-            config.head,
-            config.seed,
+            stage.config.aggregation,
+            stage.config.head,
+            stage.config.seed,
         )
     for name, taught in task.taught.items():
         metric = data.tasks[name].kind.metrics[0].replace("_", " ")
@@ -339,24 +307,31 @@ def _aggregate(stage: _Stage, number: int, task: AmalgamationTask) -> None:
     config = stage.config
     steps = config.aggregation.epochs * steps_per_epoch(len(task), config.batch)
     plan = RoundPlan(
+        name=stage.name,
         number=number,
         epochs=config.aggregation.epochs,
         batch=config.batch,
         shift=config.shift,
-        weight_decay=config.weight_decay,
         cycle=OneCycle(config.aggregation.rate, steps * config.aggregation.rounds),
     )
-    copies = len(task.weights) if config.aggregation.form == "fedavg" else 1
-    stage.progress.begin(stage.name, steps * copies)
-    losses: list[float] = []
+    random = stage.generator()
 
-    def on_step(parts: Losses) -> None:
-        losses.append(parts.total)
-        stage.progress.advance(parts.total)
+    def learn(lesson: Lesson) -> None:
+        part = lesson.name != stage.name
+        if part and stage.run.has(lesson.name):
+            for key, net in lesson.nets.items():
+                net.load_state_dict(stage.run.nets[key])
+            random.set_state(stage.run.random[lesson.name])
+            return
+        stage.learn(lesson, random)
+        if part:
+            states = {key: net.state_dict() for key, net in lesson.nets.items()}
+            stage.run.finish(lesson.name, states, random.get_state())
 
     with stage.run.timed("aggregate"):
-        run_round(task, plan, stage.generator(), on_step)
-        stage.measure((number + 1) * len(task) * config.aggregation.epochs, losses, task.student)
+        run_round(task, plan, learn)
+        stage.measure((number + 1) * len(task) * config.aggregation.epochs, task.student)
+    stage.run.forget_parts(stage.name)
     stage.finish(**task.nets())
 
 
@@ -367,35 +342,41 @@ def _fine_tune(stage: _Stage, task: AmalgamationTask) -> None:
     Every step also keeps up the aggregation's loss on as many transfer images: fifty images of a
     class would else have the student forget what thousands taught it.
     """
-    config, data = stage.config, stage.data
-    student = task.student
-    recipe = config.finetune
-    probes = Probes(data)
-    generator = stage.generator()
+    config, student = stage.config, task.student
+    recipe, probes = config.finetune, Probes(stage.data)
+
+    def draw(*given: Any) -> tuple[Drawn, ...]:
+        *indices, generator = given
+        labelled = [stage.drawn(index, generator) for index in indices]
+        kept = torch.randint(len(task), (config.batch,), generator=generator)
+        return *labelled, stage.drawn(kept, generator)
+
+    def loss(*drawn: Drawn) -> tuple[Tensor, Losses]:
+        *labelled, kept = drawn
+        value = probes.loss(student, labelled)
+        value = value + task.loss(student, kept.index, kept.jitter, task.weights)[0]
+        return value, Losses(float(value.detach()))
+
     steps = recipe.epochs * joint_steps(probes.sizes, config.batch)
-    stage.progress.begin(stage.name, steps)
-    losses: list[float] = []
+    lesson = Lesson(
+        name=stage.name,
+        nets=task.nets(),
+        trained=[student, *task.translators(task.weights).values()],
+        images=probes.sizes,
+        epochs=recipe.epochs,
+        cycle=OneCycle(recipe.rate, steps),
+        draw=draw,
+        loss=loss,
+        prepare=lambda: _fresh_heads(student, stage.data, Fit(config.head.folds, config.seed)),
+        measure=lambda epoch: stage.measure(epoch * sum(probes.sizes), student),
+    )
     with stage.run.timed(stage.name):
-        _fresh_heads(student, data, Fit(config.head.folds, config.seed))
-        student.train()
-        modules = [student, *task.translators(task.weights)]
-        descent = Descent(modules, OneCycle(recipe.rate, steps), config.weight_decay)
-        for epoch in range(1, recipe.epochs + 1):
-            for index in joint_batches(probes.sizes, config.batch, generator):
-                loss = probes.loss(student, index, config.shift, generator)
-                kept = torch.randint(len(task), (config.batch,), generator=generator)
-                jitter = Jitter.draw(len(kept), config.shift, generator)
-                loss = loss + task.loss(student, kept, jitter, task.weights)[0]
-                descent.step(loss)
-                losses.append(float(loss.detach()))
-                stage.progress.advance(losses[-1])
-            if epoch % _MEASURE_EVERY_EPOCHS == 0 or epoch == recipe.epochs:
-                stage.measure(epoch * sum(probes.sizes), losses, student)
+        stage.learn(lesson, stage.generator())
     stage.finish(**task.nets())
 
 
 def _fresh_heads(student: Student, data: SeveralTasks, fit: Fit) -> None:
-    """Every task's head is fitted to its labels; before any of them is, the features are taken."""
+    """Every task's head is fitted to its labels."""
     chosen = np.linspace(0, len(data.transfer) - 1, min(_MAPS, len(data.transfer))).astype(int)
     # Maps of all images may be larger than the memory; the deviation of their cells needs no such many.
     many = Features(

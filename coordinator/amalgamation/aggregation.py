@@ -13,44 +13,53 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coordinator.amalgamation.task import AmalgamationTask, Losses
 from coordinator.augmentation import Jitter
-from coordinator.optimisation import Descent, OneCycle, shuffled_batches, steps_per_epoch
+from coordinator.checkpoints import COPY
+from coordinator.loop import Drawn, Lesson
+from coordinator.optimisation import OneCycle, steps_per_epoch
 from coordinator.student import Student
 
-OnStep = Callable[[Losses], None]
+Learn = Callable[[Lesson], None]
+"""Trains what a lesson says, or restores what an earlier run trained by it."""
 
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """How a round is run. `number` counts from 0; the learning rate's cycle spans all rounds."""
+    """How a round is run. `name` is that of its stage, `number` counts from 0; the learning rate's
+    cycle spans all rounds.
+    """
 
+    name: str
     number: int
     epochs: int
     batch: int
     shift: int
-    weight_decay: float
     cycle: OneCycle
 
     def first_step(self, images: int) -> int:
         return self.number * self.epochs * steps_per_epoch(images, self.batch)
 
 
-def run_round(
-    task: AmalgamationTask, plan: RoundPlan, generator: torch.Generator, on_step: OnStep
-) -> None:
+def run_round(task: AmalgamationTask, plan: RoundPlan, learn: Learn) -> None:
     """Train `task.student` for one round of the form that the task's configuration names."""
     if task.config.form == "joint":
-        _learn(task, task.student, task.weights, plan, generator, on_step)
+        learn(_lesson(task, plan.name, task.nets(), task.student, task.weights, plan))
         return
     copies = {}
     for name in task.weights:
         copies[name] = copy.deepcopy(task.student)
-        _learn(task, copies[name], {name: 1.0}, plan, generator, on_step)
+        nets = {f"{COPY}{name}": copies[name], **task.translators([name])}
+        learn(_lesson(task, part_name(plan, name), nets, copies[name], {name: 1.0}, plan))
     states = {name: student.state_dict() for name, student in copies.items()}
     task.student.load_state_dict(average(states, task.weights))
+
+
+def part_name(plan: RoundPlan, teacher: str) -> str:
+    """The part of a round of fedavg in which a copy learns from this teacher."""
+    return f"{plan.name}, {teacher}"
 
 
 def average(
@@ -66,22 +75,29 @@ def average(
     }
 
 
-def _learn(
+def _lesson(
     task: AmalgamationTask,
+    name: str,
+    nets: Mapping[str, nn.Module],
     student: Student,
     weights: Mapping[str, float],
     plan: RoundPlan,
-    generator: torch.Generator,
-    on_step: OnStep,
-) -> None:
-    student.train()
-    translators = task.translators(weights)
-    # Each round starts its own momentum: a round is then a function of the weights it starts from.
-    start = plan.first_step(len(task))
-    descent = Descent([student, *translators], plan.cycle, plan.weight_decay, start)
-    for _ in range(plan.epochs):
-        for index in shuffled_batches(len(task), plan.batch, generator):
-            jitter = Jitter.draw(len(index), plan.shift, generator)
-            loss, parts = task.loss(student, index, jitter, weights)
-            descent.step(loss)
-            on_step(parts)
+) -> Lesson:
+    def draw(index: Tensor, generator: torch.Generator) -> tuple[Drawn, ...]:
+        return (Drawn(index, Jitter.draw(len(index), plan.shift, generator)),)
+
+    def loss(drawn: Drawn) -> tuple[Tensor, Losses]:
+        return task.loss(student, drawn.index, drawn.jitter, weights)
+
+    return Lesson(
+        name=name,
+        nets=nets,
+        # Each round starts its own momentum: a round is then a function of the weights it starts from.
+        trained=[student, *task.translators(weights).values()],
+        images=(len(task),),
+        epochs=plan.epochs,
+        cycle=plan.cycle,
+        first_step=plan.first_step(len(task)),
+        draw=draw,
+        loss=loss,
+    )

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coordinator.amalgamation.hints import maps_scale, signed_root
+from coordinator.answers.checks import check_answer
 from coordinator.teachers import Teacher
 from edge_teacher.contract.errors import CheckFailed
 
@@ -41,50 +42,54 @@ def ask(
     """Query a teacher for images uint8[N, H, W, 3].
 
     With `flips` a pooled feature is the mean of the image's and its mirror image's: twice the
-    queries, and features with less in them that does not matter. `probe_maps`, of which `maps` are the
-    scale, come with `maps` only. Raises CheckFailed if an answer
-    has the wrong shape or is not finite.
+    queries, and features with less in them that does not matter. `probe_maps` come with `maps` only.
+    Raises CheckFailed if an answer has the wrong shape or is not finite.
     """
-    pooled_probe, pooled_transfer = (_pooled(teacher, x, flips) for x in (probe, transfer))
+    pooled = _pooled(teacher, probe, flips), _pooled(teacher, transfer, flips)
+    _require_same_width(teacher, *pooled)
     if not maps:
-        return TeacherAnswers(pooled_probe, pooled_transfer, None)
+        return TeacherAnswers(*pooled, None)
     of_transfer = _maps(teacher, transfer)
     scale = maps_scale(of_transfer)
     # Scaled before it is halved: no teacher's values can then leave float16's range.
-    return TeacherAnswers(
-        pooled_probe,
-        pooled_transfer,
-        (of_transfer / scale).half(),
-        (_maps(teacher, probe) / scale).half() if probe_maps else None,
-    )
+    scaled = (of_transfer / scale).half()
+    if not probe_maps:
+        return TeacherAnswers(*pooled, scaled)
+    of_probe = _maps(teacher, probe)
+    if of_probe.shape[1:] != of_transfer.shape[1:]:
+        raise CheckFailed(
+            f"{teacher.name} answered with feature maps {list(of_probe.shape[1:])} of some images and "
+            f"{list(of_transfer.shape[1:])} of others."
+        )
+    return TeacherAnswers(*pooled, scaled, (of_probe / scale).half())
 
 
 def _pooled(teacher: Teacher, images: NDArray[np.uint8], flips: bool) -> Tensor:
-    answer = _checked(teacher, teacher.pooled(images), len(images), 2, "pooled features")
-    pooled = torch.from_numpy(answer)
+    return signed_root(torch.from_numpy(ask_pooled(teacher, images, flips=flips)))
+
+
+def ask_pooled(teacher: Teacher, images: NDArray[np.uint8], *, flips: bool) -> NDArray[np.float32]:
+    """The pooled features of images uint8[N, H, W, 3], float32[N, C], as `ask` has them asked for."""
+    what = "pooled features"
+    pooled = check_answer(teacher.name, teacher.pooled(images), len(images), 2, what)
     if flips:
         mirrored = teacher.pooled(images, mirrored=True)
-        other = _checked(teacher, mirrored, len(images), 2, "pooled features")
-        pooled = (pooled + torch.from_numpy(other)) / 2
-    return signed_root(pooled)
+        other = check_answer(teacher.name, mirrored, len(images), 2, what)
+        _require_same_width(teacher, pooled, other)
+        pooled = ((pooled + other) / 2).astype(np.float32)
+    return pooled
 
 
 def _maps(teacher: Teacher, images: NDArray[np.uint8]) -> Tensor:
-    answer = _checked(teacher, teacher.features(images), len(images), 4, "feature maps")
+    answer = check_answer(teacher.name, teacher.features(images), len(images), 4, "feature maps")
     return torch.from_numpy(answer)
 
 
-def _checked(
-    teacher: Teacher, answer: NDArray[np.float32], images: int, dimensions: int, what: str
-) -> NDArray[np.float32]:
-    if answer.ndim != dimensions or len(answer) != images or 0 in answer.shape:
+def _require_same_width(
+    teacher: Teacher, one: NDArray[np.float32] | Tensor, other: NDArray[np.float32] | Tensor
+) -> None:
+    if one.shape[1] != other.shape[1]:
         raise CheckFailed(
-            f"{teacher.name} answered {images} images with {what} of shape {list(answer.shape)}; "
-            f"it must have {dimensions} dimensions, the first of {images}."
+            f"{teacher.name} answered with {one.shape[1]} pooled features for some images and "
+            f"{other.shape[1]} for others."
         )
-    if not np.isfinite(answer).all():
-        raise CheckFailed(
-            f"{teacher.name} answered with {what} that are not finite; "
-            "export the teacher again, or leave it out."
-        )
-    return answer.astype(np.float32)

@@ -20,7 +20,7 @@ from coordinator.augmentation import Jitter
 from coordinator.config import AggregationConfig, HeadConfig
 from coordinator.data import SeveralTasks
 from coordinator.kinds import Features, Taught
-from coordinator.kinds.kind import Fit, Lesson, Moved
+from coordinator.kinds.kind import Fit, Moved, Teaching
 from coordinator.optimisation import derived_seed
 from coordinator.student import Student
 
@@ -133,10 +133,10 @@ class AmalgamationTask:
         """The trainable parts by name; their states are the task's checkpoint."""
         return {"student": self.student, **self._translators}
 
-    def translators(self, teachers: Iterable[str]) -> list[nn.Module]:
-        """The translators of some teachers."""
+    def translators(self, teachers: Iterable[str]) -> dict[str, nn.Module]:
+        """The translators of some teachers, by the names that `nets` gives them."""
         keys = (f"{kind} {name}" for name in teachers for kind in ("pooled", "maps"))
-        return [self._translators[key] for key in keys if key in self._translators]
+        return {key: self._translators[key] for key in keys if key in self._translators}
 
     def _soft_losses(
         self, student: Student, features: Features, index: Tensor, jitter: Jitter
@@ -202,7 +202,7 @@ def _taught(
     """What a head on the features of one task's own teachers says about every image."""
     task = data.tasks[name]
     return task.kind.teach(
-        Lesson(
+        Teaching(
             answers=[answers[teacher] for teacher in sorted(selected)],
             own=data.rows(name),
             labels=task.probe.labels,

@@ -58,4 +58,4 @@ def test_enough_is_enough() -> None:
 def test_a_single_task_needs_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--data.probe", "p", "--data.transfer", "t", "--runs", str(tmp_path)]
     assert main([*TRAIN, *data]) == 2
-    assert "give one with --task" in " ".join(capsys.readouterr().err.split())
+    assert "--task is not given" in " ".join(capsys.readouterr().err.split())

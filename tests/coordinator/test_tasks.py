@@ -162,7 +162,8 @@ def test_the_file_has_every_head(several: tuple[TrainingResult, Path]) -> None:
 
 def test_only_the_union_is_asked_and_maps_only_for_who_needs_them(tmp_path: Path) -> None:
     fleet = teachers()
-    result = train(config(selection__k="1"), DATA, fleet, tmp_path)
+    asking = config(selection__k="1", selection__strategy="cosine")
+    result = train(asking, DATA, fleet, tmp_path)
     chosen = {name for s in result.selections for name in s.selection.weights}
     images = len(DATA.transfer) + len(DATA.probe_images)
     for name, teacher in fleet.items():
@@ -172,6 +173,15 @@ def test_only_the_union_is_asked_and_maps_only_for_who_needs_them(tmp_path: Path
     fleet = teachers()
     train(config(), task_data("multi-label"), fleet, tmp_path / "tags")
     assert all(teacher.asked["features"] == 0 for teacher in fleet.values())
+
+
+def test_the_oracle_judges_single_labels_only(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="oracle judges by accuracy, and the task tags is multi-"):
+        train(config(selection__strategy="oracle"), DATA, teachers(), tmp_path)
+    one = SeveralTasks.of({n: task_data("single-label") for n in ("a", "b")})
+    once = config(selection__strategy="oracle", aggregation__rounds="1", finetune__epochs="0")
+    found = train(once, one, teachers(), tmp_path / "single")
+    assert all(s.selection.weights for s in found.selections)
 
 
 def test_hints_weigh_by_the_tasks_and_their_selections() -> None:

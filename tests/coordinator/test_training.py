@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -9,7 +10,7 @@ from coordinator.config import Config, load_config
 from coordinator.data import LabelledImages, TaskData
 from coordinator.student import load_student, predict
 from coordinator.training import TrainingResult, train
-from edge_teacher.contract.errors import UsageError
+from edge_teacher.contract.errors import CheckFailed, UsageError
 from tests.coordinator.local_teacher import LocalTeacher, coloured_images, random_teacher
 
 CLASSES = ("a", "b", "c")
@@ -47,22 +48,29 @@ class Interrupted(BaseException):
 
 
 class Watch:
-    """Records what it is told; interrupts the run at the `at`-th step of `stage`, if given."""
+    """Records what it is told; interrupts the run at the `at`-th step of `stage`, if given.
+
+    The parts of a stage ("round 2, t1") are counted together.
+    """
 
     def __init__(self, stage: str | None = None, at: int = 1) -> None:
-        self.stage, self.at = stage, at
+        self.stage, self.left = stage, at
         self.stages: list[tuple[str, int]] = []
+        self.begun: list[int] = []
         self.steps: list[int] = []
         self.said: list[str] = []
 
-    def begin(self, stage: str, steps: int) -> None:
+    def begin(self, stage: str, steps: int, done: int = 0) -> None:
         self.stages.append((stage, steps))
-        self.steps.append(0)
+        self.begun.append(done)
+        self.steps.append(done)
 
-    def advance(self, loss: float | None = None) -> None:
+    def advance(self, loss: float | None = None, images: int = 0) -> None:
         self.steps[-1] += 1
-        if self.stages[-1][0] == self.stage and self.steps[-1] == self.at:
-            raise Interrupted
+        if self.stages[-1][0].split(", ")[0] == self.stage:
+            self.left -= 1
+            if not self.left:
+                raise Interrupted
 
     def end(self) -> None:
         assert self.steps[-1] == self.stages[-1][1], self.stages[-1]
@@ -144,6 +152,68 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     assert resumed.selections == whole[0].selections
     assert resumed.curve == whole[0].curve
     assert resumed.accuracy == whole[0].accuracy
+
+
+def often(form: Literal["joint", "fedavg"]) -> Config:
+    """With a checkpoint after every step, and a round of two epochs."""
+    aggregation = msgspec.structs.replace(CONFIG.aggregation, form=form, epochs=2)
+    return msgspec.structs.replace(CONFIG, aggregation=aggregation, checkpoint_s=0.0)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainingResult]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return {
+        "joint": train(often("joint"), DATA, teachers(), folder / "joint"),
+        "fedavg": train(often("fedavg"), DATA, teachers(), folder / "fedavg"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("form", "stage", "at"),
+    [
+        ("joint", "scratch", 2),
+        ("joint", "round 2", 5),
+        ("joint", "round 3", 8),
+        ("joint", "fine-tune", 2),
+        ("fedavg", "round 1", 4),
+        ("fedavg", "round 2", 17),
+    ],
+)
+def test_a_run_goes_on_within_a_stage_at_the_step_where_it_was(
+    uninterrupted: dict[str, TrainingResult],
+    tmp_path: Path,
+    form: Literal["joint", "fedavg"],
+    stage: str,
+    at: int,
+) -> None:
+    before, after = Watch(stage, at), Watch()
+    with pytest.raises(Interrupted):
+        train(often(form), DATA, teachers(), tmp_path, before)
+    resumed = train(often(form), DATA, teachers(), tmp_path, after)
+    name = before.stages[-1][0]
+    begun = {stage: done for (stage, _), done in zip(after.stages, after.begun, strict=True)}
+    # The step in which it was interrupted was not saved, and is the only one that is done again.
+    assert begun[name] == before.steps[-1] - 1
+    expected = uninterrupted[form]
+    assert all(torch.equal(states(expected)[k], v) for k, v in states(resumed).items())
+    assert resumed.curve == expected.curve
+    assert resumed.selections == expected.selections
+
+
+def test_how_often_it_is_saved_does_not_matter(
+    uninterrupted: dict[str, TrainingResult], tmp_path: Path
+) -> None:
+    rarely = train(
+        msgspec.structs.replace(often("joint"), checkpoint_s=1e9), DATA, teachers(), tmp_path
+    )
+    expected = states(uninterrupted["joint"])
+    assert all(torch.equal(expected[k], v) for k, v in states(rarely).items())
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckFailed, match=r"the loss of warm-up is (nan|inf): .* lower rate"):
+        train(variant(warmup__rate="1e30", warmup__epochs="40"), DATA, teachers(), tmp_path)
 
 
 def test_a_finished_run_is_only_read(whole: tuple[TrainingResult, Watch, Path]) -> None:

@@ -1,5 +1,7 @@
 import copy
+import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -10,9 +12,12 @@ from coordinator.amalgamation.aggregation import RoundPlan, average, run_round
 from coordinator.amalgamation.answers import ask
 from coordinator.amalgamation.task import AmalgamationTask, Losses, State
 from coordinator.augmentation import Jitter
+from coordinator.checkpoints import Record, Run
 from coordinator.config import AggregationConfig, HeadConfig
 from coordinator.data import SINGLE, LabelledImages, TaskData, as_several
+from coordinator.loop import Loop
 from coordinator.optimisation import OneCycle, stage_generator
+from coordinator.progress import Silent
 from coordinator.student import Student, StudentSpec
 from tests.coordinator.local_teacher import coloured_images, random_teacher
 
@@ -56,13 +61,22 @@ def loss(task: AmalgamationTask, weights: Mapping[str, float] = WEIGHTS) -> Loss
 
 def plan(number: int = 0, rounds: int = 8, epochs: int = 2) -> RoundPlan:
     cycle = OneCycle(0.1, rounds * epochs * 3)
-    return RoundPlan(number, epochs, batch=16, shift=1, weight_decay=1e-4, cycle=cycle)
+    return RoundPlan(f"round {number}", number, epochs, batch=16, shift=1, cycle=cycle)
 
 
-def run(task: AmalgamationTask, number: int = 0) -> list[Losses]:
-    seen: list[Losses] = []
-    run_round(task, plan(number), stage_generator(0, f"round {number}"), seen.append)
-    return seen
+def run(
+    task: AmalgamationTask,
+    number: int = 0,
+    place: RoundPlan | None = None,
+    random: torch.Generator | None = None,
+) -> list[float]:
+    """The losses of one round."""
+    random = random or stage_generator(0, f"round {number}")
+    record = Record(config="", data="", teachers={})
+    kept = Run(Path("not written"), record, {})
+    loop = Loop(kept, Silent(), batch=16, weight_decay=1e-4, checkpoint_s=math.inf)
+    run_round(task, place or plan(number), lambda lesson: loop.learn(lesson, random))
+    return record.losses
 
 
 def test_every_part_can_be_switched_off() -> None:
@@ -107,7 +121,7 @@ def test_rounds_lower_every_part_of_the_loss(form: str) -> None:
 def test_a_round_repeats_and_its_rate_depends_on_its_place() -> None:
     first, again, later = make_task(), make_task(), make_task()
     assert run(first) == run(again)
-    run_round(later, plan(5), stage_generator(0, "round 0"), lambda _: None)
+    run(later, place=plan(5))
     states = [t.student.state_dict() for t in (first, again, later)]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert not torch.equal(states[0]["heads.0.weight"], states[2]["heads.0.weight"])
@@ -120,7 +134,7 @@ def test_fedavg_is_the_average_of_copies_that_each_heard_one_teacher() -> None:
     for name in task.weights:
         alone = make_task(form="joint")
         alone.weights = {name: 1.0}
-        run_round(alone, plan(), generator, lambda _: None)
+        run(alone, random=generator)
         copies[name] = alone.student.state_dict()
     run(task)
     expected = average(copies, WEIGHTS)

@@ -1,0 +1,190 @@
+"""The one loop that every stage of training runs: epochs, batches, steps, progress, checkpoints.
+
+A stage says what it trains, on what and by which loss, as a `Lesson`; the loop does the rest, and
+no stage has one of its own. It writes where it is every so many seconds, to the step and with the
+state of every random choice, so that a process that is killed and started again computes what it
+would have computed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from coordinator.amalgamation.task import Losses
+from coordinator.augmentation import Jitter
+from coordinator.checkpoints import Midway, Run
+from coordinator.optimisation import Descent, OneCycle, joint_batches, joint_steps
+from coordinator.progress import Progress
+from edge_teacher.contract.errors import CheckFailed
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Images of one step, by index int64[N], and how each of them is changed."""
+
+    index: Tensor
+    jitter: Jitter
+
+
+Draw = Callable[..., tuple[Drawn, ...]]
+"""The indices int64[N] of a batch of each set, then the generator -> all that is random about them.
+
+Only here may a step take random numbers: what is drawn is then the same however it is computed.
+"""
+
+StepLoss = Callable[..., tuple[Tensor, Losses]]
+"""What was drawn, one argument for each, -> the loss to descend and its parts."""
+
+Measure = Callable[[int], None]
+"""The number of finished epochs -> a point on the learning curve."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one pass through the loop trains.
+
+    Attributes:
+        name: unique in the run; what was finished under it is not done again.
+        nets: the nets whose states are this lesson's result, by the names they are saved under.
+        trained: the modules that descend; all are in `nets`.
+        images: how many each set has; a batch of each, from 0 … images - 1, is drawn for every step.
+        cycle, first_step: the learning rate, and where in its cycle the lesson begins.
+        prepare: called once, before the first step, and not again by a run that goes on.
+        measure: called after every `measure_every` epochs and after the last.
+    """
+
+    name: str
+    nets: Mapping[str, nn.Module]
+    trained: Sequence[nn.Module]
+    images: tuple[int, ...]
+    epochs: int
+    cycle: OneCycle
+    draw: Draw
+    loss: StepLoss
+    first_step: int = 0
+    prepare: Callable[[], None] | None = None
+    measure: Measure | None = None
+    measure_every: int = 5
+
+
+class Loop:
+    """Runs lessons in a `Run`, which keeps their state."""
+
+    def __init__(
+        self,
+        run: Run,
+        progress: Progress,
+        *,
+        batch: int,
+        weight_decay: float,
+        checkpoint_s: float,
+    ) -> None:
+        """`checkpoint_s` seconds of work are what a killed process loses at most, and one step."""
+        self.run = run
+        self._progress = progress
+        self._batch = batch
+        self._weight_decay = weight_decay
+        self._checkpoint_s = checkpoint_s
+
+    def learn(self, lesson: Lesson, random: torch.Generator) -> None:
+        """Train what the lesson says, from its beginning or from where an earlier run was.
+
+        Every loss goes to `run.record.losses`. Raises CheckFailed for a loss that is not finite.
+        """
+        # What a net draws for itself (dropout) is a function of the stage too, and saved with it.
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(random.initial_seed())
+            self._learn(lesson, random)
+
+    def _learn(self, lesson: Lesson, random: torch.Generator) -> None:
+        midway = self._restored(lesson, random)
+        if midway is None and lesson.prepare:
+            lesson.prepare()
+        per_epoch = joint_steps(lesson.images, self._batch)
+        epoch, skip = (midway.epoch, midway.step) if midway else (0, 0)
+        done = epoch * per_epoch + skip
+        start = lesson.first_step + done
+        descent = Descent(lesson.trained, lesson.cycle, self._weight_decay, start)
+        if midway:
+            descent.load_state_dict(midway.optimiser)
+        self._progress.begin(lesson.name, lesson.epochs * per_epoch, done)
+        for module in lesson.trained:
+            module.train()
+        saved = time.monotonic()
+        for finished in range(epoch + 1, lesson.epochs + 1):
+            if midway and skip:
+                random.set_state(midway.epoch_random)
+            epoch_random = random.get_state()
+            batches = list(joint_batches(lesson.images, self._batch, random))
+            if midway and skip:
+                random.set_state(midway.random)
+            for step in range(skip, per_epoch):
+                self._step(lesson, batches[step], random, descent)
+                if step + 1 < per_epoch and time.monotonic() - saved >= self._checkpoint_s:
+                    self._save(lesson, descent, finished - 1, step + 1, epoch_random, random)
+                    saved = time.monotonic()
+            skip = 0
+            if lesson.measure and (
+                finished % lesson.measure_every == 0 or finished == lesson.epochs
+            ):
+                lesson.measure(finished)
+            if finished < lesson.epochs and time.monotonic() - saved >= self._checkpoint_s:
+                self._save(lesson, descent, finished, 0, random.get_state(), random)
+                saved = time.monotonic()
+        self._progress.end()
+
+    def _step(
+        self,
+        lesson: Lesson,
+        indices: Sequence[Tensor],
+        random: torch.Generator,
+        descent: Descent,
+    ) -> None:
+        loss, parts = lesson.loss(*lesson.draw(*indices, random))
+        if not math.isfinite(parts.total):
+            raise CheckFailed(
+                f"the loss of {lesson.name} is {parts.total}: the training diverged; "
+                "choose a lower rate for this stage, or look for images or answers out of all range"
+            )
+        descent.step(loss)
+        self.run.record.losses.append(parts.total)
+        self._progress.advance(parts.total, images=sum(map(len, indices)))
+
+    def _restored(self, lesson: Lesson, random: torch.Generator) -> Midway | None:
+        """Where an earlier run was in this lesson; the nets and `random` are then as they were."""
+        midway = self.run.midway
+        if midway is None or midway.stage != lesson.name:
+            return None
+        for key, net in lesson.nets.items():
+            net.load_state_dict(self.run.nets[key])
+        random.set_state(midway.random)
+        torch.set_rng_state(midway.global_random)
+        return midway
+
+    def _save(
+        self,
+        lesson: Lesson,
+        descent: Descent,
+        epoch: int,
+        step: int,
+        epoch_random: Tensor,
+        random: torch.Generator,
+    ) -> None:
+        self.run.pause(
+            Midway(
+                stage=lesson.name,
+                epoch=epoch,
+                step=step,
+                optimiser=descent.state_dict(),
+                epoch_random=epoch_random,
+                random=random.get_state(),
+                global_random=torch.get_rng_state(),
+            ),
+            {key: net.state_dict() for key, net in lesson.nets.items()},
+        )

@@ -1,0 +1,234 @@
+"""`fedsa train`: a run in a folder, begun or gone on with, and what came out of it."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rich.table import Table
+
+from coordinator.task_flags import require_settings
+from coordinator.terminal import console as stderr
+from coordinator.terminal import percent, plain, print_json, printable, stdout
+from edge_teacher.contract.errors import UsageError
+from edge_teacher.contract.topics import check_name
+from edge_teacher.keys import private_key_at
+from edge_teacher.rpc.address import parse_broker
+
+if TYPE_CHECKING:
+    from coordinator.resume import Begun
+
+Run = Callable[[argparse.Namespace], int]
+
+_TAKEN = ("latest", "answers")
+
+
+class AddCommand(Protocol):
+    """Adds a command with `--json`."""
+
+    def __call__(self, name: str, run: Run, words: str) -> argparse.ArgumentParser: ...
+
+
+def add_train(command: AddCommand, broker_options: Callable[..., None]) -> None:
+    train = command("train", _train, "train a student from the devices on a broker")
+    place = train.add_mutually_exclusive_group()
+    place.add_argument("--name", help="folder of this run; given again, the run goes on")
+    place.add_argument(
+        "--resume",
+        metavar="NAME",
+        help="go on with this run, with everything it was begun with that is not given again",
+    )
+    train.add_argument(
+        "--task",
+        help="the student's name on the devices; with [tasks] each has its own, and this names the run",
+    )
+    train.add_argument("--deploy", action="store_true", help="install the student on the teachers")
+    train.add_argument("--teachers", type=_count, default=1, help="wait for so many (default 1)")
+    train.add_argument(
+        "--device",
+        action="append",
+        default=[],
+        help="teacher to learn from (repeatable; default: all)",
+    )
+    train.add_argument(
+        "--signing-key", type=Path, help="private key that signs the student (made if missing)"
+    )
+    broker_options(train, required=False)
+    run_options(train)
+
+
+def run_options(command: argparse.ArgumentParser) -> None:
+    """What every command takes that trains."""
+    from coordinator.config import config_keys
+
+    command.add_argument("--config", type=Path, help="TOML file of settings")
+    command.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
+    settings = command.add_argument_group(
+        "settings",
+        "over FEDSA_… variables, over --config; of several tasks --tasks.NAME.probe and so on",
+    )
+    for key, description in config_keys().items():
+        if not key.startswith("broker."):
+            settings.add_argument(f"--{key}", metavar="VALUE", help=description)
+
+
+def run_settings(options: argparse.Namespace) -> Mapping[str, str]:
+    """The configuration keys given as flags."""
+    from coordinator.config import config_keys
+
+    given = {key: getattr(options, key, None) for key in config_keys()}
+    of_tasks: dict[str, str] = options.tasks
+    return {key: value for key, value in given.items() if value is not None} | of_tasks
+
+
+def new_run(runs: Path) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder, number = runs / stamp, 1
+    while folder.exists():
+        number += 1
+        folder = runs / f"{stamp}-{number}"
+    return folder
+
+
+def finish(report: Any, folder: Path, options: argparse.Namespace) -> None:
+    """Point runs/latest to a run that has a report, and show what came out."""
+    link = options.runs / ".latest"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.relative_to(options.runs), target_is_directory=True)
+    link.replace(options.runs / "latest")
+    if options.json:
+        print_json(plain(report))
+        return
+    from coordinator.report import metric_name
+
+    accuracy = report.accuracy
+    table = Table("on the test set", metric_name(report.metric))
+    table.add_row("from scratch, same labels", percent(accuracy.scratch))
+    table.add_row("FedSA student, FP32", percent(accuracy.fedsa_fp32))
+    table.add_row("FedSA student, INT8", percent(accuracy.fedsa_int8))
+    if accuracy.deployed:
+        answers = sorted(accuracy.deployed.values())
+        spread = percent(answers[0])
+        if answers[0] != answers[-1]:
+            spread += f" to {percent(answers[-1])}"
+        table.add_row(f"INT8, as {len(answers)} devices answer", spread)
+    stdout.print(table)
+    chosen = [f"{t.id} ({t.weight:.2f})" for t in report.teachers if t.selected]
+    stdout.print(f"Selected of {len(report.teachers)} teachers: {', '.join(chosen)}")
+    for one in report.lost:
+        stdout.print(printable(f"Set aside: {one.teacher}, at {one.stage}: {one.why}"))
+    stdout.print(f"{report.seconds['total']:.0f} s; report: {folder / 'report.html'}")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 100_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of teachers: take 1 or more")
+    return int(text)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from coordinator.checkpoints import begun as has_checkpoint
+    from coordinator.checkpoints import lost_in
+    from coordinator.connection import connect
+    from coordinator.data import read_configured
+    from coordinator.files import locked
+    from coordinator.pipeline import TaskRun, Timings, run_task
+    from coordinator.resume import keep
+    from coordinator.terminal import TerminalProgress
+    from coordinator.training import require_enough
+
+    folder, begun = _place(options)
+    config = begun.config
+    timings = Timings()
+    with timings.of("data"):
+        task = read_configured(config)
+    broker = config.broker
+    address = parse_broker(
+        broker.url,
+        ca=_path(broker.ca),
+        certificate=_path(broker.certificate),
+        key=_path(broker.key),
+    )
+    key = private_key_at(Path(begun.signing_key))
+    with ExitStack() as stack:
+        connection = stack.enter_context(connect(address, name=broker.name))
+        # Who was lost may be gone for good: the run waits for the others.
+        wanted = [name for name in begun.devices if name not in lost_in(folder)]
+        devices = connection.fleet.wait(options.teachers, names=wanted)
+        if begun.devices:
+            devices = [device for device in devices if device.name in begun.devices]
+        if not has_checkpoint(folder):  # a run that is gone on with may have lost some
+            require_enough(config, len(devices))
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(folder))
+        names = [device.name for device in devices]
+        keep(folder, begun, list(dict.fromkeys([*begun.devices, *names])))
+        stderr.print(f"{len(devices)} teachers: {', '.join(names)}")
+        stderr.print(f"This run is in {folder}; with --resume {folder.name} it goes on")
+        run = TaskRun(
+            command="fedsa train",
+            task=begun.task,
+            config=config,
+            data=task,
+            folder=folder,
+            cache=options.runs / "answers",
+            key=key,
+            deploy=begun.deploy,
+        )
+        with TerminalProgress() as progress:
+            report = run_task(run, connection, devices, progress, timings)
+    finish(report, folder, options)
+    return 0
+
+
+def _place(options: argparse.Namespace) -> tuple[Path, Begun]:
+    """The run's folder, and what it is begun or gone on with. Raises UsageError."""
+    from coordinator.config import load_config
+    from coordinator.resume import Begun, begun_with
+
+    name = options.resume or options.name
+    if name in _TAKEN:
+        raise UsageError(f"{name!r} has a meaning in {options.runs}: choose another --name")
+    folder = options.runs / check_name(name) if name else new_run(options.runs)
+    flags = {**run_settings(options), **_broker_settings(options)}
+    devices = list(dict.fromkeys(map(check_name, options.device)))
+    signing_key = None if options.signing_key is None else str(options.signing_key)
+    if options.resume:
+        earlier = begun_with(folder, options.config, flags)
+        begun = Begun(
+            task=options.task or earlier.task,
+            signing_key=signing_key or earlier.signing_key,
+            deploy=options.deploy or earlier.deploy,
+            devices=tuple(devices) or earlier.devices,
+            config=earlier.config,
+        )
+    else:
+        config = load_config(options.config, flags)
+        task = options.task or "-".join(config.tasks)
+        for value, flag in ((task, "--task"), (signing_key, "--signing-key")):
+            if not value:
+                raise UsageError(f"{flag} is not given, which a new run needs")
+        begun = Begun(task, signing_key or "", options.deploy, tuple(devices), config)
+    check_name(begun.task)
+    require_settings(begun.config)
+    return folder, begun
+
+
+def _broker_settings(options: argparse.Namespace) -> Mapping[str, str]:
+    """The broker's flags as the settings they go over."""
+    given = {
+        "broker.url": options.broker,
+        "broker.ca": options.ca,
+        "broker.certificate": options.certificate,
+        "broker.key": options.private_key,
+        "broker.name": options.coordinator,
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text) if text else None

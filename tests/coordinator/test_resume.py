@@ -1,0 +1,57 @@
+from pathlib import Path
+
+import pytest
+
+from coordinator.cli import main
+from coordinator.config import load_config
+from coordinator.resume import Begun, begun_with, keep
+from edge_teacher.contract.errors import UsageError
+
+BEGUN = Begun(
+    task="tints",
+    signing_key="c.key",
+    deploy=True,
+    devices=(),
+    config=load_config(None, {"broker.url": "mqtt://there:1883", "selection.k": "2"}, {}),
+)
+
+
+def test_a_run_s_name_is_enough_to_go_on_with_it(tmp_path: Path) -> None:
+    keep(tmp_path / "mine", BEGUN, ["a", "b"])
+    found = begun_with(tmp_path / "mine", None, {})
+    # Who was there is who is waited for: a run cannot go on with others.
+    assert found == Begun("tints", "c.key", True, ("a", "b"), BEGUN.config)
+
+
+def test_flags_and_another_file_go_over_what_was_kept(tmp_path: Path) -> None:
+    keep(tmp_path / "mine", BEGUN, ["a"])
+    moved = begun_with(tmp_path / "mine", None, {"broker.url": "mqtt://here:1883"})
+    assert moved.config.broker.url == "mqtt://here:1883"
+    assert moved.config.selection.k == 2
+    (tmp_path / "other.toml").write_text("seed = 7\n")
+    assert begun_with(tmp_path / "mine", tmp_path / "other.toml", {}).config.seed == 7
+
+
+def test_a_run_that_is_not_there_is_said_with_those_that_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep(tmp_path / "mine", BEGUN, ["a"])
+    assert main(["train", "--runs", str(tmp_path), "--resume", "yours"]) == 2
+    assert "there is no run yours" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="there: mine"):
+        begun_with(tmp_path / "yours", None, {})
+
+
+def test_a_file_that_is_broken_is_said(tmp_path: Path) -> None:
+    keep(tmp_path / "mine", BEGUN, ["a"])
+    (tmp_path / "mine" / "command.json").write_text("{")
+    with pytest.raises(UsageError, match=r"command\.json cannot be read"):
+        begun_with(tmp_path / "mine", None, {})
+
+
+@pytest.mark.parametrize("missing", ["--task", "--signing-key"])
+def test_what_a_new_run_needs_is_named(missing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"--task": "t", "--signing-key": "c.key"}
+    del given[missing]
+    assert main(["train", *(word for pair in given.items() for word in pair)]) == 2
+    assert f"{missing} is not given" in capsys.readouterr().err
