@@ -54,18 +54,16 @@ class LabelledImages:
 def spread(labelled: LabelledImages, most: int) -> LabelledImages:
     """At most `most` of the images: as many of every class as there are, up to an equal share.
 
-    Where an image may show several classes, so many of the images at even distances.
+    An image of several classes counts as the one that its kind's `groups` say.
     """
     if len(labelled) <= most:
         return labelled
-    if labelled.labels.ndim > 1:
-        even = np.linspace(0, len(labelled) - 1, most).astype(int)
-        return replace(labelled, images=labelled.images[even], labels=labelled.labels[even])
-    present, counts = np.unique(labelled.labels, return_counts=True)
+    groups = kind_named(labelled.kind).groups(labelled.labels)
+    present, counts = np.unique(groups, return_counts=True)
     share = most // len(present)
     while np.minimum(counts, share + 1).sum() <= most:
         share += 1
-    rows = [np.flatnonzero(labelled.labels == label)[: max(share, 1)] for label in present]
+    rows = [np.flatnonzero(groups == group)[: max(share, 1)] for group in present]
     chosen = np.sort(np.concatenate(rows))
     return replace(labelled, images=labelled.images[chosen], labels=labelled.labels[chosen])
 

@@ -212,8 +212,8 @@ def require_judgeable(config: Config, data: SeveralTasks) -> None:
     for name, task in data.tasks.items():
         if task.probe.kind != "single-label":
             raise UsageError(
-                f'selection.strategy is "oracle", which is for single-label tasks, and {name} is '
-                f"{task.probe.kind}; choose another."
+                f"The oracle judges by accuracy, and the task {name} is {task.probe.kind}; choose another "
+                "selection.strategy."
             )
 
 

@@ -20,7 +20,7 @@ from coordinator.augmentation import Jitter
 from coordinator.config import AggregationConfig, HeadConfig
 from coordinator.data import SeveralTasks
 from coordinator.kinds import Features, Taught
-from coordinator.kinds.kind import Fit, Lesson, Moved
+from coordinator.kinds.kind import Fit, Moved, Teaching
 from coordinator.optimisation import derived_seed
 from coordinator.student import Student
 
@@ -206,7 +206,7 @@ def _taught(
     """What a head on the features of one task's own teachers says about every image."""
     task = data.tasks[name]
     return task.kind.teach(
-        Lesson(
+        Teaching(
             answers=[answers[teacher] for teacher in sorted(selected)],
             own=data.rows(name),
             labels=task.probe.labels,

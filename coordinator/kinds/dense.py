@@ -30,7 +30,7 @@ from coordinator.image_files import (
     npz_images,
     size_of,
 )
-from coordinator.kinds.kind import Features, Fit, Labels, Lesson, Moved, Taught
+from coordinator.kinds.kind import Features, Fit, Labels, Moved, Taught, Teaching
 from coordinator.kinds.single_label import with_labels
 from edge_teacher.contract.decisions import Decision
 from edge_teacher.contract.errors import UsageError
@@ -104,6 +104,18 @@ class Dense:
         number[: len(order)] = order
         return np.asarray(number[np.asarray(labels, np.uint8)])
 
+    def targets(self, labels: Labels, classes: int) -> NDArray[np.float32]:
+        """The share of each class among the pixels that count: pooled features know no places."""
+        shares = cell_shares(torch.from_numpy(np.asarray(labels, np.uint8)), classes, (1, 1))
+        return np.asarray(shares[:, :, 0, 0].numpy())
+
+    def groups(self, labels: Labels) -> NDArray[np.int64]:
+        """The class that most pixels have."""
+        counts = [
+            np.bincount(mask[mask != IGNORE], minlength=1) for mask in np.asarray(labels, np.uint8)
+        ]
+        return np.array([count.argmax() for count in counts], np.int64)
+
     def examples(self, labels: Labels, classes: Sequence[str], most: int) -> list[tuple[int, str]]:
         truth = np.asarray(labels)
         found: dict[int, str] = {}
@@ -112,11 +124,6 @@ class Dense:
             there = np.setdiff1d(truth[image], [IGNORE])
             found[image] = ", ".join(classes[int(i)] for i in there)
         return list(found.items())[:most]
-
-    def targets(self, labels: Labels, classes: int) -> NDArray[np.float32]:
-        """The share of each class of the pixels that count."""
-        truth = torch.from_numpy(np.asarray(labels, np.uint8))
-        return np.asarray(cell_shares(truth, classes, (1, 1))[:, :, 0, 0].numpy())
 
     def head(self, features: int, classes: int, size: tuple[int, int]) -> nn.Module:
         return DenseHead(features, classes, size)
@@ -141,15 +148,15 @@ class Dense:
     def moved(self, labels: Tensor, jitter: Jitter) -> Tensor:
         return jitter.images(labels[..., None])[..., 0]
 
-    def teach(self, lesson: Lesson) -> Taught:
+    def teach(self, teaching: Teaching) -> Taught:
         """Logistic regression on the cells of the teachers' feature maps, brought to the largest's size.
 
         A cell's label is that of most of its pixels. The targets [images, classes, h, w] are of that size.
         """
-        maps = [_maps_of(answers) for answers in lesson.answers]
+        maps = [_maps_of(answers) for answers in teaching.answers]
         transfer = len(maps[0][0])
         size = (max(t.shape[2] for t, _ in maps), max(t.shape[3] for t, _ in maps))
-        own = range(transfer + lesson.own.start, transfer + lesson.own.stop)
+        own = range(transfer + teaching.own.start, transfer + teaching.own.stop)
 
         def sight(rows: Tensor) -> Tensor:
             """[rows, C, *size] of all teachers; transfer images first, then the probe's."""
@@ -164,17 +171,17 @@ class Dense:
                 parts.append(_resized(signed_root(seen.float()), size))
             return torch.cat(parts, dim=1)
 
-        labels = torch.from_numpy(np.asarray(lesson.labels, np.uint8))
-        shares = cell_shares(labels, lesson.classes, size)
+        labels = torch.from_numpy(np.asarray(teaching.labels, np.uint8))
+        shares = cell_shares(labels, teaching.classes, size)
         many = _some_rows(transfer, size)
-        head = _fit(sight(torch.tensor(own)), shares, sight(many), lesson.fit)
+        head = _fit(sight(torch.tensor(own)), shares, sight(many), teaching.fit)
         soft = []
         for rows in torch.split(torch.arange(transfer + len(maps[0][1])), _BATCH):
             cells = _as_rows(sight(rows))
-            found = head.probabilities(cells, lesson.temperature)
+            found = head.probabilities(cells, teaching.temperature)
             soft.append(found.view(len(rows), *size, -1).permute(0, 3, 1, 2).half())
         every = torch.cat(soft)
-        return Taught(with_labels(every, transfer, lesson.own, shares.half()), head.cv_score)
+        return Taught(with_labels(every, transfer, teaching.own, shares.half()), head.cv_score)
 
     def soft_loss(self, head: nn.Module, features: Features, soft: Tensor, moved: Moved) -> Tensor:
         """Cross-entropy by cell, at the targets' size; a cell without a target counts nothing."""

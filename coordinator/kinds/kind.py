@@ -44,7 +44,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Teaching:
     """What a task head on the teachers' features is fitted to.
 
     `answers` are those of the teachers this task selected; their probe rows are the images of every
@@ -107,12 +107,16 @@ class Kind(Protocol):
         """The labels when class i is class order[i] of `classes`."""
         ...
 
-    def examples(self, labels: Labels, classes: Sequence[str], most: int) -> list[tuple[int, str]]:
-        """(image, what is on it), one for each class that is there, at most so many; for people."""
+    def targets(self, labels: Labels, classes: int) -> NDArray[np.float32]:
+        """What of the labels a selection has teachers tell: float32[N, classes]."""
         ...
 
-    def targets(self, labels: Labels, classes: int) -> NDArray[np.float32]:
-        """How much of each class is in each image, in [0, 1]: what a selection goes by, [N, classes]."""
+    def groups(self, labels: Labels) -> NDArray[np.int64]:
+        """One class for each image, [N]: what a part of a set keeps the shares of."""
+        ...
+
+    def examples(self, labels: Labels, classes: Sequence[str], most: int) -> list[tuple[int, str]]:
+        """(image, what is on it), one for each class that is there, at most so many; for people."""
         ...
 
     def head(self, features: int, classes: int, size: tuple[int, int]) -> nn.Module:
@@ -139,7 +143,7 @@ class Kind(Protocol):
         """The labels of images that were moved by `jitter`."""
         ...
 
-    def teach(self, lesson: Lesson) -> Taught:
+    def teach(self, teaching: Teaching) -> Taught:
         """Fit a task head to the labels of the probe images, and predict for all the others."""
         ...
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from coordinator.amalgamation.heads import TaskHead, fit_linear, stratified_folds
 from coordinator.augmentation import Jitter
 from coordinator.image_files import Images, decode, files_and_texts, npz_arrays, npz_images
-from coordinator.kinds.kind import Features, Fit, Labels, Lesson, Moved, Taught
+from coordinator.kinds.kind import Features, Fit, Labels, Moved, Taught, Teaching
 from coordinator.kinds.single_label import pooled_of, with_labels
 from edge_teacher.contract.decisions import Decision
 from edge_teacher.contract.errors import UsageError
@@ -71,6 +71,15 @@ class MultiLabel:
         found[:, order] = labels
         return found
 
+    def targets(self, labels: Labels, classes: int) -> NDArray[np.float32]:
+        return np.asarray(labels, np.float32)
+
+    def groups(self, labels: Labels) -> NDArray[np.int64]:
+        """The rarest class that an image shows; -1 for one that shows none."""
+        there = np.asarray(labels, np.uint8) > 0
+        frequency = np.where(there, there.sum(0), len(there) + 1)
+        return np.where(there.any(1), frequency.argmin(1), -1).astype(np.int64)
+
     def examples(self, labels: Labels, classes: Sequence[str], most: int) -> list[tuple[int, str]]:
         found: dict[int, str] = {}
         for column in np.asarray(labels).T:
@@ -79,9 +88,6 @@ class MultiLabel:
                 there = np.flatnonzero(np.asarray(labels)[image])
                 found[image] = ", ".join(classes[int(i)] for i in there)
         return list(found.items())[:most]
-
-    def targets(self, labels: Labels, classes: int) -> NDArray[np.float32]:
-        return np.asarray(labels, np.float32)
 
     def head(self, features: int, classes: int, size: tuple[int, int]) -> nn.Module:
         return nn.Linear(features, classes)
@@ -103,15 +109,15 @@ class MultiLabel:
     def moved(self, labels: Tensor, jitter: Jitter) -> Tensor:
         return labels
 
-    def teach(self, lesson: Lesson) -> Taught:
+    def teach(self, teaching: Teaching) -> Taught:
         """One-vs-rest logistic regression on the concatenated pooled features."""
-        probe, transfer = pooled_of(lesson)
-        labels = np.asarray(lesson.labels, np.uint8)
-        head = _fit(probe[lesson.own], labels, transfer, lesson.fit)
+        probe, transfer = pooled_of(teaching)
+        labels = np.asarray(teaching.labels, np.uint8)
+        head = _fit(probe[teaching.own], labels, transfer, teaching.fit)
         logits = head.logits(torch.cat([transfer, probe]))
-        soft = torch.sigmoid(logits / lesson.temperature).float()
+        soft = torch.sigmoid(logits / teaching.temperature).float()
         mine = torch.from_numpy(labels).float()
-        return Taught(with_labels(soft, len(transfer), lesson.own, mine), head.cv_score)
+        return Taught(with_labels(soft, len(transfer), teaching.own, mine), head.cv_score)
 
     def soft_loss(self, head: nn.Module, features: Features, soft: Tensor, moved: Moved) -> Tensor:
         logits = self.logits(head, features)
@@ -172,10 +178,10 @@ def _fit(features: Tensor, labels: NDArray[np.uint8], many: Tensor, fit: Fit) ->
         # Summed over the classes: each is a regression of its own, under the same penalty.
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1).mean()
 
-    # Rare classes are spread over the folds first: an image counts as the rarest class it shows.
-    frequency = np.where(labels > 0, labels.sum(0), len(labels) + 1)
-    rarest = np.where(labels.any(1), frequency.argmin(1), -1).astype(np.int64)
-    part = stratified_folds(rarest, min(fit.folds, len(labels)), np.random.default_rng(fit.seed))
+    # So that rare classes are spread over the folds.
+    part = stratified_folds(
+        KIND.groups(labels), min(fit.folds, len(labels)), np.random.default_rng(fit.seed)
+    )
     return fit_linear(
         features,
         torch.from_numpy(labels).double(),

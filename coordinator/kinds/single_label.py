@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from coordinator.amalgamation.heads import fit_task_head
 from coordinator.augmentation import Jitter
 from coordinator.image_files import Images, decode, image_files, npz_arrays, npz_images
-from coordinator.kinds.kind import Features, Fit, Labels, Lesson, Moved, Taught
+from coordinator.kinds.kind import Features, Fit, Labels, Moved, Taught, Teaching
 from edge_teacher.contract.decisions import Decision
 from edge_teacher.contract.errors import UsageError
 
@@ -74,12 +74,15 @@ class SingleLabel:
     def renumbered(self, labels: Labels, order: NDArray[np.int64], classes: int) -> Labels:
         return np.asarray(order[labels])
 
+    def targets(self, labels: Labels, classes: int) -> NDArray[np.float32]:
+        return np.asarray(np.eye(classes, dtype=np.float32)[labels])
+
+    def groups(self, labels: Labels) -> NDArray[np.int64]:
+        return np.asarray(labels, np.int64)
+
     def examples(self, labels: Labels, classes: Sequence[str], most: int) -> list[tuple[int, str]]:
         present = np.unique(labels)[:most]
         return [(int(np.flatnonzero(labels == c)[0]), classes[int(c)]) for c in present]
-
-    def targets(self, labels: Labels, classes: int) -> NDArray[np.float32]:
-        return np.eye(classes, dtype=np.float32)[np.asarray(labels, np.int64)]
 
     def head(self, features: int, classes: int, size: tuple[int, int]) -> nn.Module:
         return nn.Linear(features, classes)
@@ -101,18 +104,18 @@ class SingleLabel:
     def moved(self, labels: Tensor, jitter: Jitter) -> Tensor:
         return labels
 
-    def teach(self, lesson: Lesson) -> Taught:
+    def teach(self, teaching: Teaching) -> Taught:
         """Logistic regression on the concatenated pooled features."""
-        probe, transfer = pooled_of(lesson)
-        labels = np.asarray(lesson.labels, np.int64)
-        fit = lesson.fit
+        probe, transfer = pooled_of(teaching)
+        labels = np.asarray(teaching.labels, np.int64)
+        fit = teaching.fit
         head = fit_task_head(
-            probe[lesson.own], labels, lesson.classes, transfer, fit.folds, fit.seed
+            probe[teaching.own], labels, teaching.classes, transfer, fit.folds, fit.seed
         )
         # One after the other: the product of a longer matrix may round a row otherwise.
-        soft = torch.cat([head.probabilities(x, lesson.temperature) for x in (transfer, probe)])
-        mine = F.one_hot(torch.from_numpy(labels), lesson.classes).float()
-        return Taught(with_labels(soft, len(transfer), lesson.own, mine), head.cv_score)
+        soft = torch.cat([head.probabilities(x, teaching.temperature) for x in (transfer, probe)])
+        mine = F.one_hot(torch.from_numpy(labels), teaching.classes).float()
+        return Taught(with_labels(soft, len(transfer), teaching.own, mine), head.cv_score)
 
     def soft_loss(self, head: nn.Module, features: Features, soft: Tensor, moved: Moved) -> Tensor:
         logits = self.logits(head, features)
@@ -134,10 +137,10 @@ class SingleLabel:
         return {"accuracy": float((kept == labels).mean())}
 
 
-def pooled_of(lesson: Lesson) -> tuple[Tensor, Tensor]:
+def pooled_of(teaching: Teaching) -> tuple[Tensor, Tensor]:
     """The teachers' pooled features side by side, of the probe and of the transfer images."""
-    probe = torch.cat([answers.pooled_probe for answers in lesson.answers], dim=1)
-    transfer = torch.cat([answers.pooled_transfer for answers in lesson.answers], dim=1)
+    probe = torch.cat([answers.pooled_probe for answers in teaching.answers], dim=1)
+    transfer = torch.cat([answers.pooled_transfer for answers in teaching.answers], dim=1)
     return probe, transfer
 
 

@@ -176,6 +176,15 @@ def test_only_the_union_is_asked_and_maps_only_for_who_needs_them(tmp_path: Path
     assert all(teacher.asked["features"] == 0 for teacher in fleet.values())
 
 
+def test_the_oracle_judges_single_labels_only(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="oracle judges by accuracy, and the task tags is multi-"):
+        train(config(selection__strategy="oracle"), DATA, teachers(), tmp_path)
+    one = SeveralTasks.of({n: task_data("single-label") for n in ("a", "b")})
+    once = config(selection__strategy="oracle", aggregation__rounds="1", finetune__epochs="0")
+    found = train(once, one, teachers(), tmp_path / "single")
+    assert all(s.selection.weights for s in found.selections)
+
+
 def test_hints_weigh_by_the_tasks_and_their_selections() -> None:
     selected = {"tint": {"a": 1.0}, "tags": {"a": 0.25, "b": 0.75}, "bands": {"c": 1.0}}
     found = joint_weights(DATA, selected)

@@ -15,10 +15,10 @@ from PIL import Image
 
 from coordinator.amalgamation.answers import TeacherAnswers
 from coordinator.augmentation import Jitter
-from coordinator.data import LabelledImages, read_labelled, read_task
+from coordinator.data import LabelledImages, read_labelled, read_task, spread
 from coordinator.kinds import KINDS, Features, kind_named
 from coordinator.kinds.dense import IGNORE, cell_shares, mean_iou
-from coordinator.kinds.kind import Fit, Lesson
+from coordinator.kinds.kind import Fit, Teaching
 from coordinator.kinds.multi_label import average_precision, mean_average_precision
 from edge_teacher.contract.errors import UsageError
 from tests.coordinator.kinds_of_data import MAKE
@@ -79,8 +79,8 @@ def test_what_teachers_see_becomes_targets_for_every_image(name: str) -> None:
         torch.randn(50, 4, 3, 5, generator=noise).half(),
     )
     labels = probe.checked("here").labels
-    lesson = Lesson([teacher, blind], slice(10, 50), labels, 3, 0.5, Fit(folds=3, seed=0))
-    taught = kind.teach(lesson)
+    teaching = Teaching([teacher, blind], slice(10, 50), labels, 3, 0.5, Fit(folds=3, seed=0))
+    taught = kind.teach(teaching)
     assert taught.score > 0.8
     assert len(taught.soft) == 30 + 50
     size = (taught.soft.shape[2], taught.soft.shape[3]) if name == "dense" else (0, 0)
@@ -173,6 +173,18 @@ def test_a_cell_has_the_shares_of_the_pixels_that_count() -> None:
     assert shares[:, 0, 1].tolist() == pytest.approx([0, 1, 0])
     assert shares[:, 1, 0].tolist() == [0, 0, 0]
     assert shares[:, 1, 1].tolist() == pytest.approx([1 / 4, 0, 3 / 4])
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_part_of_a_set_keeps_every_class(name: str) -> None:
+    kind, labelled = kind_named(name), MAKE[name](90, 0).checked("here")
+    part = spread(labelled, 20)
+    assert 15 <= len(part) <= 20
+    assert part.kind == name
+    shares = [kind.targets(x.labels, 3).mean(0) for x in (part, labelled)]
+    assert kind.targets(part.labels, 3).shape == (len(part), 3)
+    assert (shares[0] > 0.5 * shares[1]).all()
+    assert set(kind.groups(part.labels)) == set(kind.groups(labelled.labels))
 
 
 def test_labels_are_renumbered_by_name() -> None:
