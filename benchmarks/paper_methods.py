@@ -35,7 +35,7 @@ from coordinator.config import (
     SelectionConfig,
     StudentConfig,
 )
-from coordinator.data import SINGLE, LabelledImages, TaskData
+from coordinator.data import SINGLE, LabelledImages, TaskData, spread
 from coordinator.optimisation import (
     Descent,
     OneCycle,
@@ -44,7 +44,14 @@ from coordinator.optimisation import (
     steps_per_epoch,
 )
 from coordinator.selection.marginal import kernel, log_evidence
-from coordinator.student import HeadSpec, Student, accuracy, load_student, pooled_features
+from coordinator.student import (
+    HeadSpec,
+    Student,
+    StudentSpec,
+    accuracy,
+    load_student,
+    pooled_features,
+)
 from coordinator.training import train
 
 TRANSFER = 10_000
@@ -172,19 +179,15 @@ def _views(images: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _scratch(trial: Trial, data: TaskData) -> Student:
-    from coordinator.student import StudentSpec
-
     torch.manual_seed(trial.seed)
     net = Student(StudentSpec.of_images(data.transfer, data.probe.classes, CHANNELS))
-    _fit(net, data.probe, trial, epochs=40, rate=0.05)
+    fit_labels(net, data.probe, trial.method, trial.seed, epochs=40, rate=0.05)
     return net.eval()
 
 
 def _transfer(
     trial: Trial, data: TaskData, work: Path
 ) -> tuple[Student, list[LocalTeacher], tuple[str, ...]]:
-    from coordinator.data import spread
-
     nets = {index: load_student(path_of(index, work)) for index in range(COUNT)}
     looked = spread(data.probe, 500)
     targets = np.eye(len(looked.classes), dtype=np.float32)[looked.labels]
@@ -209,14 +212,16 @@ def _transfer(
     head = student.head()
     assert isinstance(head, nn.Linear)
     fitted.write_to(head)
-    _fit(student, data.probe, trial, epochs=30, rate=0.01)
+    fit_labels(student, data.probe, trial.method, trial.seed, epochs=30, rate=0.01)
     return student.eval(), [], (f"teacher-{best}",)
 
 
-def _fit(net: Student, probe: LabelledImages, trial: Trial, *, epochs: int, rate: float) -> None:
+def fit_labels(
+    net: Student, probe: LabelledImages, stage: str, seed: int, *, epochs: int, rate: float
+) -> None:
     """Cross-entropy on the labels, as a run's own baseline has it."""
     images, labels = torch.from_numpy(probe.images), torch.from_numpy(probe.labels)
-    generator = stage_generator(trial.seed, trial.method)
+    generator = stage_generator(seed, stage)
     steps = epochs * steps_per_epoch(len(probe), 64)
     descent = Descent([net], OneCycle(rate, steps), 5e-4)
     net.train()
