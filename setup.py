@@ -24,10 +24,13 @@ COORDINATOR = [
     "pillow>=10",
     "rich>=13",
     "sympy>=1.13",
+    "tensorboard>=2.18",
     "torch>=2.9",
 ]
 # Packed answers: worth having on a slow link, and offered only where it is installed.
 ZSTD = ["zstandard>=0.22"]
+# Numbers of runs on a server of one's own, where MLFLOW_TRACKING_URI is set.
+MLFLOW = ["mlflow-skinny>=3.1"]
 # Peers that the transport is measured against.
 BENCHMARKS = ["grpcio>=1.60", "matplotlib>=3.8"]
 TEST = [
@@ -55,9 +58,10 @@ setup(
     extras_require={
         "edge": RUNTIME,
         "zstd": ZSTD,
+        "mlflow": MLFLOW,
         "benchmarks": BENCHMARKS,
         "coordinator": COORDINATOR,
-        "test": [*COORDINATOR, *TEST],
+        "test": [*COORDINATOR, *MLFLOW, *TEST],
     },
     entry_points={
         "console_scripts": [

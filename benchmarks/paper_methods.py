@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.paper_data import Split, cifar_task
@@ -34,7 +35,7 @@ from coordinator.config import (
     SelectionConfig,
     StudentConfig,
 )
-from coordinator.data import LabelledImages, TaskData, spread
+from coordinator.data import SINGLE, LabelledImages, TaskData, spread
 from coordinator.optimisation import (
     Descent,
     OneCycle,
@@ -43,7 +44,14 @@ from coordinator.optimisation import (
     steps_per_epoch,
 )
 from coordinator.selection.marginal import kernel, log_evidence
-from coordinator.student import Student, StudentSpec, accuracy, load_student, pooled_features
+from coordinator.student import (
+    HeadSpec,
+    Student,
+    StudentSpec,
+    accuracy,
+    load_student,
+    pooled_features,
+)
 from coordinator.training import train
 
 TRANSFER = 10_000
@@ -190,7 +198,8 @@ def _transfer(
         ),
     )
     net = nets[best]
-    student = Student(msgspec.structs.replace(net.spec, classes=data.probe.classes))
+    heads = {SINGLE: HeadSpec("single-label", data.probe.classes)}
+    student = Student(msgspec.structs.replace(net.spec, heads=heads))
     student.stages.load_state_dict(net.stages.state_dict())
     fitted = fit_task_head(
         pooled_features(student, data.probe.images),
@@ -200,7 +209,9 @@ def _transfer(
         5,
         trial.seed,
     )
-    fitted.write_to(student.head)
+    head = student.head()
+    assert isinstance(head, nn.Linear)
+    fitted.write_to(head)
     fit_labels(student, data.probe, trial.method, trial.seed, epochs=30, rate=0.01)
     return student.eval(), [], (f"teacher-{best}",)
 

@@ -17,9 +17,16 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from coordinator.config import BrokerConfig, Config, DevicesConfig, config_toml
-from coordinator.data import TaskData
+from coordinator.config import (
+    BrokerConfig,
+    Config,
+    DevicesConfig,
+    DistributedConfig,
+    config_toml,
+)
+from coordinator.data import SINGLE, SeveralTasks
 from coordinator.files import load_tensors, save_tensors
+from coordinator.ranks import ALONE, Ranks
 from coordinator.roster import Lost
 from coordinator.selection import Selection
 from edge_teacher.contract.errors import UsageError
@@ -31,19 +38,25 @@ COPY = "copy "
 
 
 class CurvePoint(msgspec.Struct, frozen=True):
-    """One point of the learning curves. `images` were seen in this stage; `accuracy` is on test."""
+    """One point of the learning curves. `images` were seen in this stage.
+
+    `accuracy` is on test: the first metric of the task's kind, with several tasks their mean, of those
+    that have a test set; `metrics` has all of them, by task.
+    """
 
     stage: str
     images: int
     loss: float
     accuracy: float | None
+    metrics: dict[str, dict[str, float]] = {}
 
 
 class RoundSelection(msgspec.Struct, frozen=True):
-    """The selection made before round `round`, counted from 0."""
+    """The selection made before round `round`, counted from 0, for one of the tasks."""
 
     round: int
     selection: Selection
+    task: str = SINGLE
 
 
 class Record(msgspec.Struct):
@@ -54,11 +67,15 @@ class Record(msgspec.Struct):
     teachers: dict[str, str]
     """Name to identity."""
     finished: list[str] = []
+    steps: int = 0
+    """Of all stages so far."""
     losses: list[float] = []
     """Of the steps since the last point of the curve."""
     curve: list[CurvePoint] = []
     selections: list[RoundSelection] = []
     accuracy: dict[str, float] = {}
+    metrics: dict[str, dict[str, dict[str, float]]] = {}
+    """By net, task and metric."""
     seconds: dict[str, float] = {}
     lost: list[Lost] = []
     """Teachers that were set aside, in the order in which they were."""
@@ -98,33 +115,52 @@ class Run:
         nets: dict[str, State],
         midway: Midway | None = None,
         random: dict[str, Tensor] | None = None,
+        *,
+        written: bool = True,
     ) -> None:
+        """Where it is not `written`, another process keeps it on disk."""
         self.folder = folder
         self.record = record
         self.nets = nets
         self.midway = midway
         self.random = random or {}
+        self.written = written
         self._running: dict[str, float] = {}
 
     @classmethod
-    def open(cls, folder: Path, config: Config, data: TaskData, teachers: Mapping[str, str]) -> Run:
+    def open(
+        cls,
+        folder: Path,
+        config: Config,
+        data: SeveralTasks,
+        teachers: Mapping[str, str],
+        ranks: Ranks = ALONE,
+    ) -> Run:
         """Begin a run in `folder`, or go on with the one that is there.
 
         Raises UsageError if the run there was started with other settings, data or teachers: going
-        on would mix two experiments. A teacher that the run had set aside may be missing.
+        on would mix two experiments. A teacher that the run had set aside may be missing. Only the
+        first of several processes has the folder.
         """
         fresh = Record(_settings(config), fingerprint(data), dict(sorted(teachers.items())))
+        for what in ("config", "data", "teachers"):
+            ranks.require_same(f"the {what}", getattr(fresh, what))
+        run = ranks.first_does(lambda: cls._open(folder, fresh))
+        run.written = ranks.first
+        return run
+
+    @classmethod
+    def _open(cls, folder: Path, fresh: Record) -> Run:
         path = _path(folder)
         if not path.exists():
             return cls(folder, fresh, {})
         run = _read(path)
-        record = run.record
         for what in ("config", "data", "teachers"):
-            if what == "teachers" and _same_but_for_the_lost(record, fresh):
+            if what == "teachers" and _same_but_for_the_lost(run.record, fresh):
                 continue
-            if getattr(record, what) != getattr(fresh, what):
+            if getattr(run.record, what) != getattr(fresh, what):
                 raise UsageError(
-                    f"{folder} holds a run with other {what}{_difference(record, fresh, what)}; "
+                    f"{folder} holds a run with other {what}{_difference(run.record, fresh, what)}; "
                     "go on with the same, or name a new folder."
                 )
         return run
@@ -182,7 +218,9 @@ class Run:
         self._running[what] = now
 
     def save(self) -> None:
-        """Put all of it on disk, as it is now."""
+        """Put all of it on disk, as it is now; unless another process does."""
+        if not self.written:
+            return
         for what in self._running:
             self._count(what)
         state = {
@@ -206,14 +244,16 @@ def lost_in(folder: Path) -> set[str]:
     return {one.teacher for one in _read(_path(folder)).record.lost if not one.back}
 
 
-def fingerprint(data: TaskData) -> str:
-    """SHA-256 over the images, labels and classes of a task."""
+def fingerprint(data: SeveralTasks) -> str:
+    """SHA-256 over the images, labels, classes, kinds and weights of the tasks."""
     digest = hashlib.sha256()
-    sets = [data.probe] if data.test is None else [data.probe, data.test]
-    for images in (data.transfer, *(s.images for s in sets)):
-        digest.update(repr(images.shape).encode() + images.tobytes())
-    for labelled in sets:
-        digest.update(repr(labelled.classes).encode() + labelled.labels.tobytes())
+    digest.update(repr(data.transfer.shape).encode() + data.transfer.tobytes())
+    for name, task in data.tasks.items():
+        digest.update(repr((name, task.probe.kind, task.weight)).encode())
+        for labelled in (task.probe, task.test):
+            if labelled is not None:
+                digest.update(repr((labelled.images.shape, labelled.classes)).encode())
+                digest.update(labelled.images.tobytes() + labelled.labels.tobytes())
     return digest.hexdigest()
 
 
@@ -235,7 +275,12 @@ def _read(path: Path) -> Run:
 def _settings(config: Config) -> str:
     """What decides the result: not the broker, the threads, patience or how often it is saved."""
     neutral = msgspec.structs.replace(
-        config, broker=BrokerConfig(), threads=0, devices=DevicesConfig(), checkpoint_s=0
+        config,
+        broker=BrokerConfig(),
+        devices=DevicesConfig(),
+        distributed=DistributedConfig(),
+        threads=0,
+        checkpoint_s=0,
     )
     return config_toml(neutral)
 

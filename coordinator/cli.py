@@ -22,6 +22,7 @@ from rich.table import Table
 
 from coordinator.cache_commands import add_cache
 from coordinator.export_commands import add_export
+from coordinator.task_flags import task_flags
 from coordinator.terminal import console as stderr
 from coordinator.terminal import percent, plain, print_json, printable, stdout
 from coordinator.train_command import add_train, finish, new_run, run_options, run_settings
@@ -34,6 +35,10 @@ from edge_teacher.rpc.address import BrokerAddress, parse_broker
 # Before torch is loaded. Its threads wait for each other many times a second; one that spins while it
 # waits takes the core from the one it waits for, on any machine that has something else to do.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+if "WORLD_SIZE" in os.environ:
+    # Several processes: torch would warn, once for each of them, of layers that one step does not use.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -103,6 +108,16 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options; those of a `--tasks.NAME.key`, which no parser can know beforehand, in `tasks` by key."""
+    found = parser()
+    options, rest = found.parse_known_args(arguments)
+    options.tasks, rest = task_flags(rest, found.error) if "config" in options else ({}, rest)
+    if rest:
+        found.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
 def _broker_options(command: argparse.ArgumentParser, *, required: bool = True) -> None:
     group = command.add_argument_group("broker")
     group.add_argument("--broker", required=required, help="mqtt://HOST:PORT or mqtts://HOST:PORT")
@@ -131,7 +146,7 @@ def _seconds(text: str) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         with _terminable():
@@ -268,10 +283,9 @@ def _deploy(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    import numpy as np
-
     from coordinator.connection import connect
-    from coordinator.data import read_picture
+    from coordinator.image_files import read_picture
+    from coordinator.reading import read_answer
     from coordinator.rollout import predict
 
     check_name(options.device)
@@ -282,22 +296,16 @@ def _predict(options: argparse.Namespace) -> int:
         rows = []
         for path, picture in zip(options.pictures, pictures, strict=True):
             answer = predict(connection.caller, card, options.task, picture[None])
-            odds = np.exp(answer.logits[0] - answer.logits[0].max())
-            best = int(odds.argmax())
-            rows.append(
-                {
-                    "picture": str(path),
-                    "class": answer.classes[best],
-                    "probability": round(float(odds[best] / odds.sum()), 4),
-                    "version": answer.version,
-                }
-            )
+            said = read_answer(answer.logits[0], answer.classes, answer.decision)
+            row = {"picture": str(path), "class": said.named, "probability": said.probability}
+            rows.append(row | said.details | {"version": answer.version})
     if options.json:
         print_json(rows)
         return 0
     table = Table("picture", "class", "probability", "student version")
     for row in rows:
-        table.add_row(*(printable(str(value)) for value in row.values()))
+        cells = (row["picture"], row["class"], row["probability"], row["version"])
+        table.add_row(*(printable(str(value)) for value in cells))
     stdout.print(table)
     return 0
 

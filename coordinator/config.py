@@ -2,7 +2,8 @@
 
 Every key is a field below, with its type, range, default and meaning; nothing else is a key, and
 the example that `example_config` gives is made from the same fields. A key is `section.key`: in the
-file under `[section]`, in the environment `FEDSA_SECTION_KEY`, as a flag `--section.key`.
+file under `[section]`, in the environment `FEDSA_SECTION_KEY`, as a flag `--section.key`. Several tasks
+are `[tasks.NAME]` in the file and `--tasks.NAME.key` as flags; no variable sets them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from msgspec import Meta
 from edge_teacher.contract.errors import UsageError
 
 _PREFIX = "FEDSA_"
+TASKS = "tasks"
+"""The section whose tables are tasks."""
+
+Architecture = Literal["residual", "mobilenet", "vgg"]
 
 
 class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,6 +34,21 @@ class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     probe: Annotated[str, Meta(description="labelled images: <class>/<name>.jpg")] = ""
     transfer: Annotated[str, Meta(description="unlabelled images of the same kind")] = ""
     test: Annotated[str, Meta(description="labelled images to measure by; empty: none")] = ""
+    kind: Annotated[str, Meta(description="of the task: single-label, multi-label or dense")] = (
+        "single-label"
+    )
+
+
+class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One of several tasks that a student learns at once; its name is that of its section."""
+
+    kind: Annotated[str, Meta(description="single-label, multi-label or dense")] = "single-label"
+    probe: Annotated[str, Meta(description="labelled images of this task")] = ""
+    test: Annotated[str, Meta(description="labelled images to measure by; empty: none")] = ""
+    transfer: Annotated[
+        str, Meta(description="unlabelled images, joined with those of data.transfer")
+    ] = ""
+    weight: Annotated[float, Meta(gt=0, description="of this task in every loss")] = 1.0
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,15 +78,31 @@ class DevicesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class StudentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The network that is trained and deployed."""
 
+    architecture: Annotated[
+        Architecture, Meta(description="one of ours: residual, mobilenet or vgg")
+    ] = "residual"
     channels: Annotated[
         int,
-        Meta(ge=8, le=256, description="of the first stage; the others have 2 and 6 times as many"),
+        Meta(ge=8, le=256, description="of the first stage; the feature map has 6 times as many"),
     ] = 24
+    module: Annotated[
+        str, Meta(description="a network of your own, package.module:factory; empty: one of ours")
+    ] = ""
+    feature_layer: Annotated[
+        str, Meta(description="of the module; its output is the feature map; empty: the module's")
+    ] = ""
+    device: Annotated[
+        Literal["cpu", "cuda"], Meta(description="where it is trained: cpu or cuda")
+    ] = "cpu"
 
     largest_drop: Annotated[
         float,
         Meta(ge=0, le=1, description="of accuracy by quantising, as a fraction; more is refused"),
     ] = 0.02
+
+    def __post_init__(self) -> None:
+        if self.feature_layer and not self.module:
+            raise ValueError("feature_layer names a layer of student.module, which is not set")
 
 
 class WarmupConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -136,6 +172,17 @@ class ScratchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rate: Annotated[float, Meta(gt=0, description="the greatest learning rate")] = 0.05
 
 
+class DistributedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Several processes, started with torchrun, that train one student."""
+
+    join_s: Annotated[
+        float, Meta(gt=0, description="seconds in which all processes must have met")
+    ] = 120.0
+    silence_s: Annotated[
+        float, Meta(gt=0, description="seconds that a process waits for what another is doing")
+    ] = 1800.0
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All of it."""
 
@@ -157,6 +204,15 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     head: HeadConfig = HeadConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     scratch: ScratchConfig = ScratchConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    tasks: dict[str, TaskConfig] = {}
+
+    def __post_init__(self) -> None:
+        if self.tasks and (self.data.probe or self.data.test):
+            raise ValueError(
+                "data.probe and data.test are of a single task, and there are [tasks]: give each of these "
+                "its own probe and test"
+            )
 
 
 def load_config(
@@ -180,10 +236,14 @@ def load_config(
         ("on the command line", dict(overrides or {})),
     ):
         for key, text in texts.items():
-            if key not in _KEYS:
+            if _field(key) is None:
                 raise UsageError(_unknown(key, origin))
             section, _, name = key.rpartition(".")
-            target = values.setdefault(section, {}) if section else values
+            task = task_of(key)
+            if task is not None:
+                target = values.setdefault(TASKS, {}).setdefault(task, {})
+            else:
+                target = values.setdefault(section, {}) if section else values
             target[name] = _parse(key, text, origin)
         _convert(values, origin)
     return _convert(values, "")
@@ -197,7 +257,7 @@ def config_toml(config: Config) -> str:
             lines += ["", f"# {_first_line(struct)}", f"[{section}]"]
         for field in msgspec.structs.fields(struct):
             value = getattr(struct, field.name)
-            if not isinstance(value, msgspec.Struct):
+            if not isinstance(value, (msgspec.Struct, dict)):
                 lines.append(f"{field.name} = {_toml(value)}  # {_description(field)}")
     return "\n".join(lines) + "\n"
 
@@ -205,6 +265,12 @@ def config_toml(config: Config) -> str:
 def example_config() -> str:
     """The defaults as a commented TOML file."""
     return config_toml(Config())
+
+
+def task_of(key: str) -> str | None:
+    """The task that a key `tasks.NAME.key` is of; None for any other key."""
+    parts = key.split(".")
+    return ".".join(parts[1:-1]) if parts[0] == TASKS and len(parts) > 2 else None
 
 
 def config_keys() -> dict[str, str]:
@@ -222,6 +288,8 @@ def _sections(config: Config) -> Iterator[tuple[str, msgspec.Struct]]:
         value = getattr(config, field.name)
         if isinstance(value, msgspec.Struct):
             yield field.name, value
+    for name, task in config.tasks.items():
+        yield f"{TASKS}.{_toml(name)}", task
 
 
 def _keys() -> dict[str, msgspec.structs.FieldInfo]:
@@ -231,13 +299,20 @@ def _keys() -> dict[str, msgspec.structs.FieldInfo]:
         if isinstance(field.default, msgspec.Struct):
             for inner in msgspec.structs.fields(field.default):
                 keys[f"{field.name}.{inner.name}"] = inner
-        else:
+        elif field.name != TASKS:
             keys[field.name] = field
     return keys
 
 
 _KEYS = _keys()
+_TASK_FIELDS = {field.name: field for field in msgspec.structs.fields(TaskConfig)}
 _SECTIONS = {key.split(".")[0] for key in _KEYS if "." in key}
+
+
+def _field(key: str) -> msgspec.structs.FieldInfo | None:
+    if task_of(key) is not None:
+        return _TASK_FIELDS.get(key.rpartition(".")[2])
+    return _KEYS.get(key)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -251,7 +326,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _require_known(values: dict[str, Any], origin: str) -> None:
     for name, value in values.items():
-        if name in _SECTIONS:
+        if name == TASKS:
+            _require_tasks(value, origin)
+        elif name in _SECTIONS:
             if not isinstance(value, dict):
                 raise UsageError(f"{name} {origin} is a section: write it as [{name}].")
             for inner in value:
@@ -261,7 +338,20 @@ def _require_known(values: dict[str, Any], origin: str) -> None:
             raise UsageError(_unknown(name, origin))
 
 
+def _require_tasks(value: Any, origin: str) -> None:
+    if not isinstance(value, dict) or not all(isinstance(task, dict) for task in value.values()):
+        raise UsageError(f"tasks {origin} has a section for each task: write it as [tasks.NAME].")
+    for task, keys in value.items():
+        for key in keys:
+            if key not in _TASK_FIELDS:
+                raise UsageError(_unknown(f"{TASKS}.{task}.{key}", origin))
+
+
 def _unknown(key: str, origin: str) -> str:
+    task = task_of(key)
+    if task is not None:
+        keys = ", ".join(_TASK_FIELDS)
+        return f"There is no configuration key {key} ({origin}); a task has the keys {keys}."
     near = difflib.get_close_matches(key, [*_KEYS, *_SECTIONS], n=1, cutoff=0.4)
     # A right name in the wrong section is the commonest slip, and far in spelling.
     same = [k for k in _KEYS if k.rpartition(".")[2] == key.rpartition(".")[2]]
@@ -281,6 +371,11 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
         if variable in names:
             found[names[variable]] = environ[variable]
             continue
+        if variable.startswith(environment_name(TASKS) + "_"):
+            raise UsageError(
+                f"The environment variable {variable} sets no configuration key; tasks are set in the "
+                "file, or with --tasks.NAME.key."
+            )
         ours = any(variable.startswith(environment_name(s) + "_") for s in _SECTIONS)
         near = difflib.get_close_matches(variable, names, n=1, cutoff=0.4 if ours else 0.85)
         if ours or near:
@@ -290,12 +385,14 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _parse(key: str, text: str, origin: str) -> Any:
-    """A text from the environment or a flag as its key's type."""
+    """A text from the environment or a flag as its key's type; `key` is one that there is."""
+    field = _field(key)
+    assert field is not None
     try:
-        return msgspec.convert(text, _KEYS[key].type, strict=False)
+        return msgspec.convert(text, field.type, strict=False)
     except msgspec.ValidationError as error:
         raise UsageError(
-            f"{key} {origin} is {text!r}: {_sentence(error)} ({_description(_KEYS[key])})."
+            f"{key} {origin} is {text!r}: {_sentence(error)} ({_description(field)})."
         ) from error
 
 

@@ -12,12 +12,14 @@ from coordinator.amalgamation.answers import TeacherAnswers, ask, ask_pooled
 from coordinator.answers.checks import check_saliency
 from coordinator.checkpoints import RoundSelection, Run
 from coordinator.config import Config
-from coordinator.data import TaskData, spread
+from coordinator.data import LabelledTask, SeveralTasks, spread
 from coordinator.progress import Progress
+from coordinator.ranks import ALONE, Ranks
 from coordinator.roster import Roster
-from coordinator.selection import Evidence, select, strategy_named
+from coordinator.selection import Evidence, Selection, select, strategy_named
 from coordinator.selection.probe import judge_of
 from coordinator.student import Student, grad_cam
+from coordinator.tracking import UNTRACKED, Tracking
 from edge_teacher.contract.errors import CheckFailed
 
 SELECTION_IMAGES = 500
@@ -25,25 +27,41 @@ SELECTION_IMAGES = 500
 
 
 class Consultation:
-    """Asks a roster of teachers about one task's images; keeps what they answered.
+    """Asks a roster of teachers about the tasks' images; keeps what they answered.
 
-    `images` are those of the probe set that selections are made by; `teacher_maps` has where everyone
-    looks on them, [P, S, S]; `answers` what those selected say of the images the student trains on.
+    `looked` has the probe images that selections are made by; `teacher_maps` where everyone looks on
+    them, [P, S, S], one task's after the other's; `answers` what those selected say of the images the
+    student trains on.
     """
 
     def __init__(
-        self, config: Config, data: TaskData, run: Run, roster: Roster, progress: Progress
+        self,
+        config: Config,
+        data: SeveralTasks,
+        run: Run,
+        roster: Roster,
+        progress: Progress,
+        ranks: Ranks = ALONE,
+        tracking: Tracking = UNTRACKED,
     ) -> None:
         self._config = config
         self._data = data
         self._run = run
         self._roster = roster
         self._progress = progress
+        self._ranks = ranks
+        self._tracking = tracking
         self._strategy = strategy_named(config.selection.strategy)
-        self.images = spread(data.probe, SELECTION_IMAGES)
+        self.looked = SeveralTasks(
+            {
+                name: LabelledTask(spread(task.probe, SELECTION_IMAGES), task.test, task.weight)
+                for name, task in data.tasks.items()
+            },
+            data.transfer,
+        )
         self.teacher_maps: dict[str, NDArray[np.float32]] = {}
         self._features: dict[str, NDArray[np.float32]] = {}
-        self._test: dict[str, NDArray[np.float32]] = {}
+        self._test: dict[str, dict[str, NDArray[np.float32]]] = {name: {} for name in data.tasks}
         self.answers: dict[str, TeacherAnswers] = {}
 
     def open(self) -> None:
@@ -61,15 +79,26 @@ class Consultation:
             self._look(back, f"saliency before round {number + 1}")
         self._select(number, student)
 
-    def ask(self, number: int, student: Student) -> Mapping[str, float]:
-        """The weights of those selected last, whose answers are in `answers` now.
+    def student_maps(self, student: Student) -> NDArray[np.float32]:
+        """Where the student looks on each task's images with that task's head, [P, s, s]."""
+        return np.concatenate(
+            [grad_cam(student, task.probe.images, n) for n, task in self.looked.tasks.items()]
+        )
+
+    def ask(self, number: int, student: Student) -> Mapping[str, Mapping[str, float]]:
+        """By task: the weights of those selected last, whose answers are in `answers` now.
 
         Selects again without those who fail, until all have answered.
         """
         aggregation, data = self._config.aggregation, self._data
+        # Without soft targets nothing is fitted to the maps.
+        by_maps = aggregation.soft_targets > 0 and any(
+            task.kind.wants_maps for task in data.tasks.values()
+        )
         while True:
-            weights = self._run.record.selections[-1].selection.weights
-            missing = {name for name in weights if name not in self.answers}
+            selected = {s.task: s.selection.weights for s in self._run.record.selections}
+            wanted = dict.fromkeys(name for weights in selected.values() for name in weights)
+            missing = {name for name in wanted if name not in self.answers}
             asked = missing & set(self._roster.present)
             self._progress.begin("ask", len(asked))
             with self._timed("ask"), self._unless_too_few_are_left(number):
@@ -77,19 +106,20 @@ class Consultation:
                     asked,
                     lambda teacher: ask(
                         teacher,
-                        data.probe.images,
+                        data.probe_images,
                         data.transfer,
                         flips=aggregation.flips,
-                        maps=aggregation.hint_maps > 0,
+                        maps=aggregation.hint_maps > 0 or by_maps,
+                        probe_maps=by_maps,
                     ),
                     f"features before round {number + 1}",
                     self._progress.advance,
                 )
             self.answers.update(found)
             self._progress.end()
-            gone = [name for name in weights if name not in self.answers]
+            gone = [name for name in wanted if name not in self.answers]
             if not gone:
-                return weights
+                return selected
             self._roster.replaced(gone)
             self._begin_again(number)
             self._select(number, student)
@@ -117,7 +147,7 @@ class Consultation:
         )
 
     def _look(self, names: set[str], words: str) -> None:
-        probe = self.images.images
+        probe = self.looked.probe_images
         self._progress.begin("saliency", len(names))
         with self._timed("saliency"):
             found = self._roster.ask(
@@ -130,9 +160,12 @@ class Consultation:
         self._progress.end()
         if self._strategy.reads_features:
             self._features.update(self._see(found, probe, words.replace("saliency", "features")))
-        test = self._test_images()
-        if test is not None:
-            self._test.update(self._see(found, test, "features of the test set"))
+        if self._config.selection.strategy != "oracle":
+            return
+        for name, task in self._data.tasks.items():
+            if task.test is not None:
+                seen = self._see(found, task.test.images, "features of the test set")
+                self._test[name].update(seen)
 
     def _see(
         self, names: Iterable[str], images: NDArray[np.uint8], words: str
@@ -151,37 +184,60 @@ class Consultation:
         self._progress.end()
         return seen
 
-    def _test_images(self) -> NDArray[np.uint8] | None:
-        """What only the oracle has the teachers asked about."""
-        if self._config.selection.strategy != "oracle" or self._data.test is None:
-            return None
-        return self._data.test.images
-
     def _select(self, number: int, student: Student) -> None:
-        config, probe, record = self._config.selection, self.images, self._run.record
-        there = {name: self.teacher_maps[name] for name in self._roster.present}
-        k = config.k
-        if config.strategy != "all" and k > len(there):
-            k = len(there)
+        """For every task, by its own probe images and where the student looks with its head."""
+        config, record = self._config.selection, self._run.record
+        k, there = config.k, len(self._roster.present)
+        if config.strategy != "all" and k > there:
+            k = there
             self._progress.say(f"selection.k is {config.k}, and {k} can be asked: k is {k}")
-        # Not the one that is made again: who is gone cannot stay.
-        earlier = [made.selection.weights for made in record.selections if made.round < number]
-        before = [name for name in earlier[-1] if name in there] if earlier else []
         with self._timed("select"):
-            evidence = Evidence(
-                grad_cam(student, probe.images),
-                there,
-                targets=np.eye(len(probe.classes), dtype=np.float32)[probe.labels],
-                features={name: found for name, found in self._features.items() if name in there},
-                judge=judge_of(self._features, probe, self._test, self._data.test),
+            # One decides for all: machines that round differently could choose different teachers.
+            made = self._ranks.first_does(
+                lambda: [
+                    RoundSelection(number, self._selected(number, student, name, i, k), name)
+                    for i, name in enumerate(self.looked.tasks)
+                ]
             )
-            rng = np.random.default_rng([self._config.seed, number])
-            selection = select(config.strategy, evidence, k, rng, tuple(before))
         # One made before somebody selected was lost was never used.
-        record.selections = [s for s in record.selections if s.round != number]
-        record.selections.append(RoundSelection(number, selection))
-        shares = ", ".join(f"{name} ({weight:.2f})" for name, weight in selection.weights.items())
-        self._progress.say(f"Selected before round {number + 1}: {shares}")
+        record.selections = [s for s in record.selections if s.round != number] + made
+        several = len(made) > 1
+        for one in made:
+            weights = one.selection.weights
+            place = f"selection/{one.task}/" if several else "selection/"
+            self._tracking.write(
+                record.steps,
+                {place + name: weights.get(name, 0.0) for name in self._roster.present},
+            )
+            shares = ", ".join(f"{name} ({weight:.2f})" for name, weight in weights.items())
+            of_task = f" for {one.task}" if several else ""
+            self._progress.say(f"Selected{of_task} before round {number + 1}: {shares}")
+
+    def _selected(self, number: int, student: Student, name: str, place: int, k: int) -> Selection:
+        """The `place`-th task's selection, among those who can be asked."""
+        task, rows = self.looked.tasks[name], self.looked.rows(name)
+        maps, features = (
+            {teacher: all_[teacher][rows] for teacher in self._roster.present if teacher in all_}
+            for all_ in (self.teacher_maps, self._features)
+        )
+        # Not the one that is made again: who is gone cannot stay.
+        earlier = [
+            s.selection.weights
+            for s in self._run.record.selections
+            if s.round < number and s.task == name
+        ]
+        before = tuple(teacher for teacher in earlier[-1] if teacher in maps) if earlier else ()
+        evidence = Evidence(
+            grad_cam(student, task.probe.images, name),
+            maps,
+            targets=task.kind.targets(task.probe.labels, len(task.classes)),
+            features=features,
+            judge=judge_of(features, task.probe, self._test[name], task.test),
+        )
+        # The first task's draws are those it has alone.
+        seed = [self._config.seed, number, place] if place else [self._config.seed, number]
+        rng = np.random.default_rng(seed)
+        return select(self._config.selection.strategy, evidence, k, rng, before)
 
     def _timed(self, what: str) -> AbstractContextManager[None]:
         return self._run.timed(what)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,12 @@ from coordinator import processes
 from coordinator.broker import Kind, available, local_broker
 from coordinator.config import Config
 from coordinator.connection import Connection, connect
-from coordinator.data import TaskData, read_configured_task
+from coordinator.data import SeveralTasks, read_configured
 from coordinator.fleet import Device
 from coordinator.pipeline import TaskRun, Timings, run_task
 from coordinator.report import Report
 from coordinator.terminal import TerminalProgress, console
+from coordinator.tracking import tracked
 from edge_teacher.contract.errors import CheckFailed, FedsaError, Unreachable, UsageError
 from edge_teacher.keys import private_key_at
 from edge_teacher.rpc.address import BrokerAddress
@@ -43,6 +45,8 @@ def with_demo_data(config: Config, examples: Path) -> Config:
     """The demo's task wherever the settings name no data of their own."""
     archive = examples / "data" / "cifar10-mini.tar.xz"
     given = config.data
+    if config.tasks:
+        return config
     data = msgspec.structs.replace(
         given,
         probe=given.probe or f"{archive}/probe",
@@ -61,10 +65,12 @@ def run_demo(options: DemoOptions) -> Report:
             f"there are no teacher bundles in {options.examples / 'teachers'}: run this from a clone "
             "of the repository, or name its examples with --examples"
         )
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError("the demo is one process; `fedsa train` is what torchrun can start")
     timings = Timings()
     folder = options.folder
     with timings.of("data"):
-        task = read_configured_task(options.config.data)
+        task = read_configured(options.config)
     folder.mkdir(parents=True)
     try:
         return _run_in(options, task, bundles, timings)
@@ -74,7 +80,9 @@ def run_demo(options: DemoOptions) -> Report:
         raise
 
 
-def _run_in(options: DemoOptions, task: TaskData, bundles: list[Path], timings: Timings) -> Report:
+def _run_in(
+    options: DemoOptions, task: SeveralTasks, bundles: list[Path], timings: Timings
+) -> Report:
     folder = options.folder
     key = private_key_at(folder / "coordinator.key")
     kind = options.broker or available()
@@ -84,6 +92,7 @@ def _run_in(options: DemoOptions, task: TaskData, bundles: list[Path], timings: 
         local_broker(folder / "broker", kind=kind, port=options.port) as broker,
         Agents(bundles, options.examples / "teachers", broker.address, folder) as agents,
         connect(broker.address, broker=broker.name) as connection,
+        tracked(folder, f"demo-{folder.name}", options.config, console.print) as tracking,
         TerminalProgress() as progress,
     ):
         console.print(f"Broker: {broker.name} at {broker.address}")
@@ -99,6 +108,7 @@ def _run_in(options: DemoOptions, task: TaskData, bundles: list[Path], timings: 
             cache=folder / "answers",
             key=key,
             deploy=True,
+            tracking=tracking,
         )
         return run_task(run, connection, devices, progress, timings)
 

@@ -280,20 +280,25 @@ def _student(options: argparse.Namespace) -> int:
     from coordinator.student import load_student
     from edge_teacher.files import write_atomically
 
+    student = load_student(options.student)
+    # Of several heads the one of that name; a single one goes by any name on the devices.
+    head = options.task if len(student.spec.heads) > 1 else None
+    kind = student.kind(head).name
     packaged = package_student(
-        load_student(options.student),
+        student,
         check_name(options.task),
         options.student_version or next_version(),
         read_unlabelled(options.calibration),
-        read_labelled(options.holdout) if options.holdout else None,
+        read_labelled(options.holdout, kind) if options.holdout else None,
         private_key_at(options.signing_key),
         largest_drop=options.largest_drop,
+        head=head,
     )
     write_atomically(options.out, packaged.bundle)
     if options.json:
         print_json({"bundle": str(options.out), "report": plain(packaged.report)})
         return 0
-    table = Table("graph", "bytes", "accuracy", "agrees with FP32")
+    table = Table("graph", "bytes", packaged.report.metric, "agrees with FP32")
     for name, file in packaged.report.files.items():
         table.add_row(name, f"{file.bytes:,}", percent(file.accuracy), percent(file.agreement))
     stdout.print(table)

@@ -19,9 +19,14 @@ from torch import Tensor, nn
 from coordinator.amalgamation.task import Losses
 from coordinator.augmentation import Jitter
 from coordinator.checkpoints import Midway, Run
-from coordinator.optimisation import Descent, OneCycle, shuffled_batches, steps_per_epoch
+from coordinator.optimisation import Descent, OneCycle, joint_batches, joint_steps
 from coordinator.progress import Progress
+from coordinator.ranks import ALONE, Ranks, speaking
+from coordinator.tracking import UNTRACKED, Meter, Tracking, numbers
 from edge_teacher.contract.errors import CheckFailed
+
+_ASK_EVERY_STEPS = 16
+"""How often several processes ask the first whether it is time to write."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,13 @@ class Drawn:
     index: Tensor
     jitter: Jitter
 
+    def rows(self, rows: Tensor) -> Drawn:
+        """Some of them, by their places in the batch int64[M]."""
+        return Drawn(self.index[rows], self.jitter.rows(rows))
 
-Draw = Callable[[Tensor, torch.Generator], tuple[Drawn, ...]]
-"""The indices int64[N] of a batch -> all that is random about it.
+
+Draw = Callable[[tuple[Tensor, ...], torch.Generator], tuple[Drawn, ...]]
+"""The indices int64[N] of a batch of each set -> all that is random about them.
 
 Only here may a step take random numbers: what is drawn is then the same however it is computed.
 """
@@ -53,7 +62,7 @@ class Lesson:
         name: unique in the run; what was finished under it is not done again.
         nets: the nets whose states are this lesson's result, by the names they are saved under.
         trained: the modules that descend; all are in `nets`.
-        images: how many there are; batches are drawn from 0 … images - 1.
+        images: how many each set has; a step draws a batch of each (`joint_batches`).
         cycle, first_step: the learning rate, and where in its cycle the lesson begins.
         prepare: called once, before the first step, and not again by a run that goes on.
         measure: called after every `measure_every` epochs and after the last.
@@ -62,7 +71,7 @@ class Lesson:
     name: str
     nets: Mapping[str, nn.Module]
     trained: Sequence[nn.Module]
-    images: int
+    images: Sequence[int]
     epochs: int
     cycle: OneCycle
     draw: Draw
@@ -84,6 +93,8 @@ class Loop:
         batch: int,
         weight_decay: float,
         checkpoint_s: float,
+        ranks: Ranks = ALONE,
+        tracking: Tracking = UNTRACKED,
     ) -> None:
         """`checkpoint_s` seconds of work are what a killed process loses at most, and one step."""
         self.run = run
@@ -91,6 +102,9 @@ class Loop:
         self._batch = batch
         self._weight_decay = weight_decay
         self._checkpoint_s = checkpoint_s
+        self._ranks = ranks
+        self._tracking = tracking
+        self._saved = 0.0
 
     def learn(self, lesson: Lesson, random: torch.Generator) -> None:
         """Train what the lesson says, from its beginning or from where an earlier run was.
@@ -99,14 +113,14 @@ class Loop:
         """
         # What a net draws for itself (dropout) is a function of the stage too, and saved with it.
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(random.initial_seed())
+            torch.manual_seed(random.initial_seed() + self._ranks.rank)
             self._learn(lesson, random)
 
     def _learn(self, lesson: Lesson, random: torch.Generator) -> None:
         midway = self._restored(lesson, random)
         if midway is None and lesson.prepare:
             lesson.prepare()
-        per_epoch = steps_per_epoch(lesson.images, self._batch)
+        per_epoch = joint_steps(lesson.images, self._batch)
         epoch, skip = (midway.epoch, midway.step) if midway else (0, 0)
         done = epoch * per_epoch + skip
         start = lesson.first_step + done
@@ -116,41 +130,69 @@ class Loop:
         self._progress.begin(lesson.name, lesson.epochs * per_epoch, done)
         for module in lesson.trained:
             module.train()
-        saved = time.monotonic()
+        computed = self._ranks.wrap(_Computed(lesson))
+        meter = Meter(self._tracking, lesson.name)
+        self._saved = time.monotonic()
         for finished in range(epoch + 1, lesson.epochs + 1):
             if midway and skip:
                 random.set_state(midway.epoch_random)
             epoch_random = random.get_state()
-            batches = list(shuffled_batches(lesson.images, self._batch, random))
+            batches = list(joint_batches(lesson.images, self._batch, random))
             if midway and skip:
                 random.set_state(midway.random)
             for step in range(skip, per_epoch):
-                self._step(lesson, batches[step], random, descent)
-                if step + 1 < per_epoch and time.monotonic() - saved >= self._checkpoint_s:
+                parts = self._step(lesson, computed, batches[step], random, descent)
+                record = self.run.record
+                meter.step(record.steps, numbers(parts), descent.rate, sum(map(len, batches[step])))
+                if step + 1 < per_epoch and self._due(step + 1):
                     self._save(lesson, descent, finished - 1, step + 1, epoch_random, random)
-                    saved = time.monotonic()
             skip = 0
+            self._ranks.even_out(lesson.trained)
             if lesson.measure and (
                 finished % lesson.measure_every == 0 or finished == lesson.epochs
             ):
                 lesson.measure(finished)
-            if finished < lesson.epochs and time.monotonic() - saved >= self._checkpoint_s:
+            if finished < lesson.epochs and self._due():
                 self._save(lesson, descent, finished, 0, random.get_state(), random)
-                saved = time.monotonic()
+        meter.point(self.run.record.steps, descent.rate)
         self._progress.end()
 
+    def _due(self, step: int = 0) -> bool:
+        """Whether to write now, as the first process's clock has it."""
+        if not self._ranks.alone and step % _ASK_EVERY_STEPS:
+            return False
+        return self._ranks.agree(time.monotonic() - self._saved >= self._checkpoint_s)
+
     def _step(
-        self, lesson: Lesson, index: Tensor, random: torch.Generator, descent: Descent
-    ) -> None:
-        loss, parts = lesson.loss(*lesson.draw(index, random))
+        self,
+        lesson: Lesson,
+        computed: nn.Module,
+        index: tuple[Tensor, ...],
+        random: torch.Generator,
+        descent: Descent,
+    ) -> Losses:
+        drawn = lesson.draw(index, random)
+        if self._ranks.alone:
+            loss, parts = computed(*drawn)
+        else:
+            # All draw for all, so that it does not matter who computes what.
+            mine = [some.rows(self._ranks.rows(len(some.index))) for some in drawn]
+            loss, parts = computed(*mine)
         if not math.isfinite(parts.total):
             raise CheckFailed(
                 f"the loss of {lesson.name} is {parts.total}: the training diverged; "
                 "choose a lower rate for this stage, or look for images or answers out of all range"
             )
-        descent.step(loss)
+        if self._ranks.alone:
+            descent.step(loss)
+        else:
+            with speaking():
+                descent.step(loss)
         self.run.record.losses.append(parts.total)
-        self._progress.advance(parts.total, images=len(index))
+        self.run.record.steps += 1
+        self._progress.advance(parts.total, images=sum(map(len, index)))
+        made: Losses = parts
+        return made
 
     def _restored(self, lesson: Lesson, random: torch.Generator) -> Midway | None:
         """Where an earlier run was in this lesson; the nets and `random` are then as they were."""
@@ -172,6 +214,7 @@ class Loop:
         epoch_random: Tensor,
         random: torch.Generator,
     ) -> None:
+        self._ranks.even_out(lesson.trained)
         self.run.pause(
             Midway(
                 stage=lesson.name,
@@ -184,3 +227,16 @@ class Loop:
             ),
             {key: net.state_dict() for key, net in lesson.nets.items()},
         )
+        self._saved = time.monotonic()
+
+
+class _Computed(nn.Module):
+    """A lesson's loss as what a module answers: that is where gradients are exchanged from."""
+
+    def __init__(self, lesson: Lesson) -> None:
+        super().__init__()
+        self.trained = nn.ModuleList(lesson.trained)
+        self._loss = lesson.loss
+
+    def forward(self, *drawn: Drawn) -> tuple[Tensor, Losses]:
+        return self._loss(*drawn)

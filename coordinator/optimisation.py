@@ -45,6 +45,11 @@ class Descent:
             parameters, lr=0.0, momentum=_MOMENTUM, nesterov=True, weight_decay=weight_decay
         )
 
+    @property
+    def rate(self) -> float:
+        """Of the step that was done last."""
+        return self._cycle.rate(self._step - 1)
+
     def step(self, loss: Tensor) -> None:
         for group in self._sgd.param_groups:
             group["lr"] = self._cycle.rate(self._step)
@@ -76,6 +81,31 @@ def shuffled_batches(images: int, batch: int, generator: torch.Generator) -> Ite
     size = min(batch, images)
     for start in range(0, steps_per_epoch(images, batch) * size, size):
         yield order[start : start + size]
+
+
+def joint_batches(
+    sizes: Sequence[int], batch: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, ...]]:
+    """One epoch over several sets at once: an index batch of each in every step.
+
+    The set with most batches is gone through once, as `shuffled_batches` would; a smaller one is
+    shuffled again whenever it is used up, so that every task has a batch in every step.
+    """
+    steps = joint_steps(sizes, batch)
+    epochs = [
+        [
+            index
+            for _ in range(-(-steps // steps_per_epoch(size, batch)))
+            for index in shuffled_batches(size, batch, generator)
+        ]
+        for size in sizes
+    ]
+    yield from zip(*(batches[:steps] for batches in epochs), strict=True)
+
+
+def joint_steps(sizes: Sequence[int], batch: int) -> int:
+    """Steps in one epoch of `joint_batches`."""
+    return max(steps_per_epoch(size, batch) for size in sizes)
 
 
 def derived_seed(seed: int, what: str) -> int:

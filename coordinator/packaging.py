@@ -12,14 +12,19 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from coordinator.data import LabelledImages
+from coordinator.kinds import Kind
+from coordinator.kinds.kind import Labels
 from coordinator.student import Student
 from edge_teacher import bundle as bundles
 from edge_teacher.bundle import StudentCard
 from edge_teacher.contract.errors import UsageError
+from export.checks.scoring import Scoring
 from export.graph import InputSpec
 from export.student import FP32, INT8_CPU, INT8_TENSORRT, export_student
 from export.student_report import StudentReport
 
+# Of the decisions that rounding cannot change; it is what a card says of a classifier, whose all are so.
+_LEAST_AGREEMENT = 0.99
 GRAPHS = {"int8_cpu": INT8_CPU, "int8_tensorrt": INT8_TENSORRT, "fp32": FP32}
 
 
@@ -44,28 +49,36 @@ def package_student(
     key: Ed25519PrivateKey,
     *,
     largest_drop: float,
+    head: str | None = None,
 ) -> PackagedStudent:
-    """Quantise, check and sign.
+    """Quantise, check and sign the student with the head for one of its tasks; of the only one, unless named.
 
-    Raises CheckFailed if the files do not answer as the student does, or if an INT8 file loses more
-    than `largest_drop` of its accuracy on `holdout`; without one that cannot be known. Raises UsageError
-    for a holdout with a class the student does not know.
+    `task` is its name on the devices. Raises CheckFailed if the files do not answer as the student does,
+    or if an INT8 file loses more than `largest_drop` by the first metric of the task's kind on `holdout`;
+    without one that cannot be known. Raises UsageError for a head the student has not, or a holdout with a
+    class that it does not know or of another kind.
     """
     spec = student.spec
-    held = None if holdout is None else (holdout.images, _labels(holdout, spec.classes))
+    _, answers = spec.head(head)
+    kind = student.kind(head)
+    held = None if holdout is None else (holdout.images, _labels(holdout, kind, answers.classes))
     exported = export_student(
-        student.network(),
+        student.network(head),
         InputSpec((spec.height, spec.width), spec.mean, spec.std),
-        spec.classes,
+        answers.classes,
         calibration,
         held,
         largest_drop=largest_drop if held is not None else None,
+        scoring=_scoring(kind),
     )
     canary = exported.canary
     card = StudentCard(
         task=task,
         version=version,
-        classes=spec.classes,
+        classes=answers.classes,
+        task_kind=kind.name,
+        decision=kind.decision,
+        canary_agreement=_LEAST_AGREEMENT * canary.certain,
         input_size=(spec.height, spec.width),
         graphs=GRAPHS,
         canary_logits={dialect: f"canary.{dialect}.npy" for dialect in GRAPHS},
@@ -79,8 +92,24 @@ def package_student(
     return PackagedStudent(bundles.pack(card, files, key), card, exported.report)
 
 
-def _labels(holdout: LabelledImages, classes: tuple[str, ...]) -> NDArray[np.int64]:
-    """The holdout's labels as the student's class numbers: names are what both agree on."""
+def _scoring(kind: Kind) -> Scoring:
+    metric = kind.metrics[0]
+    return Scoring(
+        kind=kind.name,
+        decision=kind.decision,
+        dimensions=kind.dimensions,
+        metric=metric,
+        kept=kind.kept,
+        measure=lambda kept, labels: kind.measure(kept, labels)[metric],
+    )
+
+
+def _labels(holdout: LabelledImages, kind: Kind, classes: tuple[str, ...]) -> Labels:
+    """The holdout's labels by the student's class numbers: names are what both agree on."""
+    if holdout.kind != kind.name:
+        raise UsageError(
+            f"the holdout is {holdout.kind} and the student {kind.name}: give labels of the student's kind"
+        )
     unknown = [name for name in holdout.classes if name not in classes]
     if unknown:
         raise UsageError(
@@ -88,7 +117,7 @@ def _labels(holdout: LabelledImages, classes: tuple[str, ...]) -> NDArray[np.int
             f"{', '.join(classes)}"
         )
     numbers = np.array([classes.index(name) for name in holdout.classes], dtype=np.int64)
-    return numbers[holdout.labels]
+    return kind.renumbered(holdout.checked("the holdout").labels, numbers, len(classes))
 
 
 def _npy(array: NDArray[np.generic]) -> bytes:

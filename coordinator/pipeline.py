@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,27 +21,35 @@ from numpy.typing import NDArray
 from coordinator.answers import AnswerCache
 from coordinator.config import Config
 from coordinator.connection import Connection
-from coordinator.data import LabelledImages, TaskData
+from coordinator.data import SINGLE, SeveralTasks, TaskData, as_several
 from coordinator.encodings import EncodingLedger
 from coordinator.fleet import Device
 from coordinator.packaging import PackagedStudent, next_version, package_student
 from coordinator.parallel import in_parallel
 from coordinator.progress import Progress
+from coordinator.ranks import ALONE, Ranks
 from coordinator.report import (
     TOTAL,
-    Accuracy,
-    CurvePoint,
     Pictures,
     Report,
-    Round,
     Task,
-    TeacherResult,
     Traffic,
     write_report,
 )
+from coordinator.results import (
+    Deployed,
+    curves,
+    joint_accuracy,
+    joint_metric,
+    rounds,
+    task_result,
+    together,
+)
 from coordinator.rollout import predict, roll_out
-from coordinator.selection import Evidence, Selection, common_size, similarities
-from coordinator.teachers import RemoteTeacher
+from coordinator.selection import Evidence, common_size, similarities
+from coordinator.shared_teachers import shared
+from coordinator.teachers import RemoteTeacher, Teacher
+from coordinator.tracking import UNTRACKED, Tracking
 from coordinator.training import TrainingResult, train
 from edge_teacher.contract.errors import CheckFailed
 from edge_teacher.files import write_atomically
@@ -72,8 +81,9 @@ class TaskRun:
 
     command: str
     task: str
+    """The student's name on the devices; with several tasks each student has its own task's name."""
     config: Config
-    data: TaskData
+    data: TaskData | SeveralTasks
     folder: Path
     """Checkpoints, the student, its bundle and the report are written here."""
     cache: Path
@@ -81,6 +91,39 @@ class TaskRun:
     key: Ed25519PrivateKey
     """Signs the student."""
     deploy: bool
+    ranks: Ranks = ALONE
+    tracking: Tracking = UNTRACKED
+
+
+def train_along(
+    config: Config,
+    data: TaskData | SeveralTasks,
+    cache: Path,
+    ranks: Ranks,
+    connection: Connection,
+    devices: Sequence[Device],
+) -> None:
+    """What of `run_task` all processes but the first do: ask their share, and train."""
+    with AnswerCache(cache) as answers:
+        teachers = _teachers(config, connection, devices, answers, EncodingLedger(), ranks)
+        # Nothing is written there; who is online the first process says.
+        train(config, data, teachers, Path(os.devnull), ranks=ranks)
+
+
+def _teachers(
+    config: Config,
+    connection: Connection,
+    devices: Sequence[Device],
+    cache: AnswerCache,
+    ledger: EncodingLedger,
+    ranks: Ranks,
+) -> dict[str, Teacher]:
+    patience_s = config.devices.patience_s
+    remote = {
+        d.name: RemoteTeacher(connection.caller, d.card, cache, ledger, patience_s=patience_s)
+        for d in devices
+    }
+    return shared(remote, ranks)
 
 
 def run_task(
@@ -99,48 +142,45 @@ def run_task(
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     ledger = EncodingLedger()
     with AnswerCache(run.cache, progress.say) as cache:
-        patience_s = run.config.devices.patience_s
-        teachers = {
-            d.name: RemoteTeacher(connection.caller, d.card, cache, ledger, patience_s=patience_s)
-            for d in devices
-        }
+        teachers = _teachers(run.config, connection, devices, cache, ledger, run.ranks)
         online = partial(_online, connection)
-        result = train(run.config, run.data, teachers, run.folder, progress, online)
+        result = train(
+            run.config,
+            run.data,
+            teachers,
+            run.folder,
+            progress,
+            online,
+            ranks=run.ranks,
+            tracking=run.tracking,
+        )
     timings.seconds.update({stage: round(s, 2) for stage, s in result.seconds.items()})
 
-    progress.begin("export", 1)
-    with timings.of("export"):
-        packaged = package_student(
-            result.student,
-            run.task,
-            next_version(),
-            some(run.data.transfer, CALIBRATION_IMAGES),
-            run.data.test,
-            run.key,
-            largest_drop=run.config.student.largest_drop,
-        )
-        write_atomically(run.folder / "student.fedsa", packaged.bundle)
-    progress.end()
+    packaged = _package(run, result, progress, timings)
 
     before = sum(timings.seconds.get(stage, 0) for stage in ("data", "start agents"))
 
-    def report(deployed: dict[str, float] | None) -> Report:
+    def report(deployed: Deployed | None) -> Report:
         # A run that was gone on with has stages of earlier sessions.
         total = max(before + time.monotonic() - began, sum(timings.seconds.values()))
+        tasks = tuple(
+            task_result(name, _on_devices(run, name), result, packaged[name], devices, deployed)
+            for name in result.data.tasks
+        )
         found = Report(
             command=run.command,
             started=started,
             seed=run.config.seed,
             broker=connection.broker,
-            task=_task(run),
+            task=_task(run, result),
             strategy=result.selections[-1].selection.strategy,
-            teachers=_teachers(result.selections[-1].selection, devices),
-            rounds=tuple(
-                Round(number=s.round + 1, weights=s.selection.weights) for s in result.selections
-            ),
-            accuracy=_accuracy(result, packaged, deployed),
-            curves=_curves(result),
-            student=packaged.report,
+            teachers=together(tasks),
+            rounds=rounds(result),
+            accuracy=joint_accuracy(tasks),
+            curves=curves(result),
+            student=tasks[0].student if len(tasks) == 1 else None,
+            tasks=tasks,
+            metric=joint_metric(tasks),
             bytes_on_wire={
                 device: {m: Traffic(sent=b.sent, received=b.received) for m, b in methods.items()}
                 for device, methods in sorted(connection.caller.wire.items())
@@ -154,14 +194,14 @@ def run_task(
                 **{name: importlib.metadata.version(name) for name in _SOFTWARE},
             },
         )
-        write_report(found, _pictures(result.looked_at, result), run.folder)
+        write_report(found, _pictures(result), run.folder)
         return found
 
     # What was trained and exported is on record whatever the devices make of it.
     trained = report(deployed=None)
     if not run.deploy:
         return trained
-    return report(_deploy(run, connection, devices, packaged, progress, timings))
+    return report(_deploy(run, result.data, connection, devices, packaged, progress, timings))
 
 
 def _online(connection: Connection) -> dict[str, str]:
@@ -177,24 +217,58 @@ def some(images: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
     return chosen
 
 
-def _task(run: TaskRun) -> Task:
+def _package(
+    run: TaskRun, result: TrainingResult, progress: Progress, timings: Timings
+) -> dict[str, PackagedStudent]:
+    """A signed bundle for each task, in the run's folder too."""
+    packaged = {}
+    version = next_version()
+    progress.begin("export", len(result.data.tasks))
+    with timings.of("export"):
+        for name, task in result.data.tasks.items():
+            packaged[name] = package_student(
+                result.student,
+                _on_devices(run, name),
+                version,
+                some(result.data.transfer, CALIBRATION_IMAGES),
+                task.test,
+                run.key,
+                largest_drop=run.config.student.largest_drop,
+                head=name,
+            )
+            file = "student.fedsa" if len(result.data.tasks) == 1 else f"student.{name}.fedsa"
+            write_atomically(run.folder / file, packaged[name].bundle)
+            progress.advance()
+    progress.end()
+    return packaged
+
+
+def _on_devices(run: TaskRun, name: str) -> str:
+    """A task's name there: its own, if it has one."""
+    return run.task if name == SINGLE and len(as_several(run.data).tasks) == 1 else name
+
+
+def _task(run: TaskRun, result: TrainingResult) -> Task:
+    tasks = result.data.tasks.values()
+    tests = [len(task.test) for task in tasks if task.test is not None]
     return Task(
         name=run.task,
-        classes=run.data.probe.classes,
-        probe=len(run.data.probe),
-        transfer=len(run.data.transfer),
-        test=None if run.data.test is None else len(run.data.test),
+        classes=tuple(name for task in tasks for name in task.classes),
+        probe=sum(len(task.probe) for task in tasks),
+        transfer=len(result.data.transfer),
+        test=sum(tests) if tests else None,
     )
 
 
 def _deploy(
     run: TaskRun,
+    data: SeveralTasks,
     connection: Connection,
     devices: Sequence[Device],
-    packaged: PackagedStudent,
+    packaged: Mapping[str, PackagedStudent],
     progress: Progress,
     timings: Timings,
-) -> dict[str, float] | None:
+) -> Deployed:
     """Roll out to who is still there, then measure what the devices themselves answer."""
     online = {d.name for d in connection.fleet.devices()}
     absent = [d.name for d in devices if d.name not in online]
@@ -202,101 +276,60 @@ def _deploy(
         progress.say(f"Not online any more, and left out: {', '.join(absent)}")
     there = [d for d in devices if d.name in online]
     names = [d.name for d in there]
-    progress.begin("roll-out", len(names))
+    progress.begin("roll-out", len(names) * len(packaged))
     with timings.of("roll-out"):
-        roll_out(
-            connection.caller, names, packaged.card, packaged.bundle, installed=progress.advance
-        )
-    progress.end()
-    progress.say(f"Version {packaged.card.version} of {run.task} is active on {len(names)} devices")
-    test = run.data.test
-    if test is None:
-        return None
-
-    def ask(device: Device) -> float:
-        answer = predict(connection.caller, device.card, run.task, test.images)
-        if answer.version != packaged.card.version:
-            raise CheckFailed(
-                f"{device.name} answers with version {answer.version}, not {packaged.card.version}"
+        for student in packaged.values():
+            roll_out(
+                connection.caller, names, student.card, student.bundle, installed=progress.advance
             )
-        return float((answer.logits.argmax(1) == test.labels).mean())
+    progress.end()
+    for student in packaged.values():
+        card = student.card
+        progress.say(f"Version {card.version} of {card.task} is active on {len(names)} devices")
+    tested = {name: task.test for name, task in data.tasks.items() if task.test is not None}
+    if not tested:
+        return {}
+
+    def ask(device: Device) -> dict[str, float]:
+        found = {}
+        for name, test in tested.items():
+            card = packaged[name].card
+            kind = data.tasks[name].kind
+            answer = predict(connection.caller, device.card, card.task, test.images)
+            if answer.version != card.version:
+                raise CheckFailed(
+                    f"{device.name} answers with version {answer.version}, not {card.version}"
+                )
+            found[name] = kind.measure(kind.kept(answer.logits), test.labels)[kind.metrics[0]]
+        return found
 
     progress.begin("ask devices", len(names))
     with timings.of("ask devices"):
-        accuracies = in_parallel(there, ask, progress.advance)
+        answers = in_parallel(there, ask, progress.advance)
     progress.end()
-    return dict(zip(names, accuracies, strict=True))
+    return {name: {d: a[name] for d, a in zip(names, answers, strict=True)} for name in tested}
 
 
-def _accuracy(
-    result: TrainingResult, packaged: PackagedStudent, deployed: dict[str, float] | None
-) -> Accuracy:
-    int8 = packaged.report.files[packaged.card.graphs["int8_cpu"]]
-    return Accuracy(
-        scratch=result.accuracy.get("scratch"),
-        fedsa_fp32=result.accuracy.get("fedsa"),
-        fedsa_int8=int8.accuracy,
-        deployed=deployed,
-    )
-
-
-def _teachers(selection: Selection, devices: Sequence[Device]) -> tuple[TeacherResult, ...]:
-    cards = {d.name: d.card for d in devices}
-    results = []
-    for score in selection.teachers:
-        height, width = cards[score.teacher].teacher.input_size
-        tap = cards[score.teacher].teacher.taps[cards[score.teacher].teacher.saliency_tap]
-        results.append(
-            TeacherResult(
-                id=score.teacher,
-                score=score.score,
-                similarity=score.similarity,
-                probability=score.probability,
-                selected=score.selected,
-                weight=score.weight,
-                reason=score.reason,
-                about=f"{cards[score.teacher].teacher.name}, input {height} × {width}, "
-                f"{tap.channels} features",
-            )
-        )
-    return tuple(results)
-
-
-def _curves(result: TrainingResult) -> dict[str, tuple[CurvePoint, ...]]:
-    """Per network, with the images seen since its first step: stages count from their own."""
-    curves: dict[str, list[CurvePoint]] = {}
-    seen: dict[str, int] = {}
-    last: dict[str, tuple[str, int]] = {}
-    for point in result.curve:
-        network = "scratch" if point.stage == "scratch" else "fedsa"
-        stage, images = last.get(network, (point.stage, 0))
-        if stage != point.stage:
-            seen[network] = seen.get(network, 0) + images
-        last[network] = (point.stage, point.images)
-        curves.setdefault(network, []).append(
-            CurvePoint(
-                stage=point.stage,
-                images_seen=seen.get(network, 0) + point.images,
-                loss=point.loss,
-                accuracy=point.accuracy,
-            )
-        )
-    return {network: tuple(points) for network, points in curves.items()}
-
-
-def _pictures(probe: LabelledImages, result: TrainingResult) -> Pictures:
-    """One probe image of each class, up to PICTURES, with everybody's maps."""
-    chosen = [int(np.flatnonzero(probe.labels == c)[0]) for c in np.unique(probe.labels)[:PICTURES]]
-    evidence = Evidence(result.student_maps, result.teacher_maps)
-    size = common_size(evidence)
+def _pictures(result: TrainingResult) -> Pictures:
+    """For each task a probe image of each class, PICTURES in all, with everybody's maps."""
+    data = result.looked_at
+    most = max(1, PICTURES // len(data.tasks))
+    chosen: list[int] = []
+    labels: list[str] = []
+    for name, task in data.tasks.items():
+        first = data.rows(name).start
+        for image, shown in task.kind.examples(task.probe.labels, task.classes, most):
+            chosen.append(first + image)
+            labels.append(shown if len(data.tasks) == 1 else f"{name}: {shown}")
+    size = common_size(Evidence(result.student_maps, result.teacher_maps))
     student = result.student_maps[chosen]
     maps: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = {
         name: found[chosen] for name, found in result.teacher_maps.items()
     }
     return Pictures(
-        images=probe.images[chosen],
+        images=data.probe_images[chosen],
         student=student,
         teachers=dict(maps),
         similarities={name: similarities(student, found, size) for name, found in maps.items()},
-        labels=tuple(probe.classes[int(probe.labels[i])] for i in chosen),
+        labels=tuple(labels),
     )

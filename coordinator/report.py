@@ -22,6 +22,7 @@ from export.student_report import StudentReport
 
 JSON = "report.json"
 HTML = "report.html"
+_METRICS = {"mean_iou": "mean IoU", "f1": "F1"}
 TOTAL = "total"  # among the seconds: the whole run
 
 
@@ -58,7 +59,7 @@ class TeacherResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
-    """Fractions of the test set; None for what was not part of the run.
+    """On the test set, in the report's `metric`; None for what was not part of the run.
 
     Attributes:
         scratch: the same network trained on the probe set's labels alone.
@@ -70,6 +71,32 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
     fedsa_fp32: float | None = None
     fedsa_int8: float | None = None
     deployed: dict[str, float] | None = None
+
+
+class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One task of the run: what it was, who was selected for it last, and what came out.
+
+    Attributes:
+        kind: `single-label`, `multi-label`, `dense`.
+        weight: its share in every loss.
+        metrics: of the networks `scratch` and `fedsa` on the test set, by network and name; what counts
+            first is `metric`.
+        accuracy: as the report's, in this task's `metric`.
+        version: of its student; 0 where none was exported.
+    """
+
+    name: str
+    kind: str
+    classes: tuple[str, ...]
+    probe: int
+    test: int | None = None
+    weight: float = 1.0
+    metric: str
+    metrics: dict[str, dict[str, float]] = {}
+    accuracy: Accuracy = Accuracy()
+    teachers: tuple[TeacherResult, ...] = ()
+    student: StudentReport | None = None
+    version: int = 0
 
 
 class CurvePoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,7 +136,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         broker: name and version; None where none was used.
         strategy: the name of the selection strategy.
         curves: by network (`scratch`, `fedsa`).
-        student: what its export measured; None where nothing was exported.
+        teachers, accuracy: with several tasks the means over them; a weight is the share in the hints.
+        student: what its export measured; None where nothing was exported, or several were (`tasks`).
+        tasks: each task by itself; one, where the student learnt one.
+        metric: what the accuracies are.
         bytes_on_wire: device id to method to traffic.
         encodings: device id to encoding (such as `u8+zstd`) to what it was used for and cost.
         lost: teachers that were set aside, in the order in which they were.
@@ -135,6 +165,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     seconds: dict[str, float] = {}
     config: dict[str, Any] = {}
     software: dict[str, str] = {}
+    tasks: tuple[TaskResult, ...] = ()
+    metric: str = "accuracy"
     format: Literal[1] = 1
 
 
@@ -179,6 +211,11 @@ class Pictures:
             raise UsageError(
                 f"{len(self.labels)} labels for {count} pictures: pass one for each, or none"
             )
+
+
+def metric_name(metric: str) -> str:
+    """`mean_iou` -> "mean IoU"."""
+    return _METRICS.get(metric, metric.replace("_", " "))
 
 
 def write_report(report: Report, pictures: Pictures | None, run_dir: Path) -> None:

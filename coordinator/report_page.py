@@ -10,9 +10,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from coordinator.report import TOTAL, Pictures, Report, Traffic
+from coordinator.report import TOTAL, Pictures, Report, Traffic, metric_name
 from coordinator.report_charts import Chart, learning_curves
 from coordinator.report_pictures import describe, heat_uri, legend_uri, photograph_uri
+from export.student_report import StudentReport
 
 _NAMES = {"scratch": "From scratch", "fedsa": "FedSA"}
 _THIN = "\u202f"  # narrow, and no line breaks at it
@@ -65,6 +66,7 @@ def render(report: Report, pictures: Pictures | None) -> str:
         "count": count,
         "value": value,
         "moment": moment,
+        "metric": metric_name,
     }
     stages = {stage: taken for stage, taken in report.seconds.items() if stage != TOTAL}
     page: str = environment.get_template("report.html.j2").render(
@@ -82,6 +84,7 @@ def render(report: Report, pictures: Pictures | None) -> str:
         totals={device: total(by_method) for device, by_method in report.bytes_on_wire.items()},
         settings=settings(report.config),
         score_bars=score_bars(report),
+        students=students(report),
         stages=stages,
         # Some stages overlap and some time lies between them: the whole is measured, not summed.
         whole=report.seconds.get(TOTAL, sum(stages.values())),
@@ -97,7 +100,11 @@ def headline(report: Report) -> str:
     if accuracy.fedsa_fp32 is None:
         return f"A student learnt from {asked}; how well it does was not measured in this run."
     reached = percent(accuracy.fedsa_fp32)
+    if report.metric != "accuracy":
+        reached = f"{reached} {metric_name(report.metric)}"
     if accuracy.scratch is None:
+        if report.metric != "accuracy":
+            return f"A student that learnt from {asked} has {reached} on the test images."
         return f"A student that learnt from {asked} is right on {reached} of the test images."
     gain = accuracy.fedsa_fp32 - accuracy.scratch
     start = percent(accuracy.scratch)
@@ -115,10 +122,18 @@ def deployed_line(report: Report) -> str:
         return "The student was offered to devices, and none answered with it."
     devices = f"{len(deployed)} devices" if len(deployed) > 1 else "the device"
     low, high = percent(min(deployed.values())), percent(max(deployed.values()))
-    if low == high:
-        return f"As INT8 on {devices}, it answers {low} right."
     mean = percent(fmean(deployed.values()))
-    return f"As INT8 on {devices}, it answers {mean} right ({low} to {high})."
+    spread = "" if low == high else f" ({low} to {high})"
+    if report.metric != "accuracy":
+        return f"As INT8 on {devices}, it has {mean} {metric_name(report.metric)}{spread}."
+    return f"As INT8 on {devices}, it answers {mean} right{spread}."
+
+
+def students(report: Report) -> list[tuple[str, StudentReport]]:
+    """Every student that was exported, under its task's name."""
+    if report.student is not None:
+        return [(report.task.name, report.student)]
+    return [(task.name, task.student) for task in report.tasks if task.student is not None]
 
 
 def accuracy_rows(report: Report) -> list[Row]:

@@ -33,10 +33,12 @@ class Predictions(msgspec.Struct, frozen=True):
     """What a deployed student says."""
 
     logits: NDArray[np.float32]
-    """[N, classes]"""
+    """[N, classes], or of a dense task [N, classes, H, W]"""
     classes: tuple[str, ...]
     version: int
     compute_ms: float
+    task_kind: str = "single-label"
+    decision: str = "top-1"
 
 
 def install(caller: Caller, device: str, card: StudentCard, bundle: bytes) -> StudentStatus:
@@ -128,4 +130,6 @@ def predict(caller: Caller, device: Card, task: str, images: Images) -> Predicti
         classes=first.classes,
         version=first.student_version,
         compute_ms=sum(answered.compute_ms for answered, _ in answers),
+        task_kind=first.task_kind,
+        decision=first.decision,
     )

@@ -10,6 +10,7 @@ import msgspec
 
 from coordinator.parallel import in_parallel
 from coordinator.progress import Progress
+from coordinator.ranks import ProcessGone
 from coordinator.teachers import Teacher
 from edge_teacher.contract.errors import CheckFailed, RpcError
 
@@ -93,6 +94,8 @@ class Roster:
             answer: Outcome | RpcError | CheckFailed
             try:
                 answer = question(teacher)
+            except ProcessGone:
+                raise
             except (RpcError, CheckFailed) as error:
                 answer = error
             return answer, time.monotonic() - began

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.table import Table
 
+from coordinator.task_flags import require_settings
 from coordinator.terminal import console as stderr
 from coordinator.terminal import percent, plain, print_json, printable, stdout
 from edge_teacher.contract.errors import UsageError
@@ -19,7 +20,7 @@ from edge_teacher.keys import private_key_at
 from edge_teacher.rpc.address import parse_broker
 
 if TYPE_CHECKING:
-    from coordinator.config import Config
+    from coordinator.config import DistributedConfig
     from coordinator.resume import Begun
 
 Run = Callable[[argparse.Namespace], int]
@@ -42,7 +43,10 @@ def add_train(command: AddCommand, broker_options: Callable[..., None]) -> None:
         metavar="NAME",
         help="go on with this run, with everything it was begun with that is not given again",
     )
-    train.add_argument("--task", help="the student's name on the devices")
+    train.add_argument(
+        "--task",
+        help="the student's name on the devices; with [tasks] each has its own, and this names the run",
+    )
     train.add_argument("--deploy", action="store_true", help="install the student on the teachers")
     train.add_argument("--teachers", type=_count, default=1, help="wait for so many (default 1)")
     train.add_argument(
@@ -64,7 +68,10 @@ def run_options(command: argparse.ArgumentParser) -> None:
 
     command.add_argument("--config", type=Path, help="TOML file of settings")
     command.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
-    settings = command.add_argument_group("settings", "over FEDSA_… variables, over --config")
+    settings = command.add_argument_group(
+        "settings",
+        "over FEDSA_… variables, over --config; of several tasks --tasks.NAME.probe and so on",
+    )
     for key, description in config_keys().items():
         if not key.startswith("broker."):
             settings.add_argument(f"--{key}", metavar="VALUE", help=description)
@@ -75,7 +82,8 @@ def run_settings(options: argparse.Namespace) -> Mapping[str, str]:
     from coordinator.config import config_keys
 
     given = {key: getattr(options, key, None) for key in config_keys()}
-    return {key: value for key, value in given.items() if value is not None}
+    of_tasks: dict[str, str] = options.tasks
+    return {key: value for key, value in given.items() if value is not None} | of_tasks
 
 
 def new_run(runs: Path) -> Path:
@@ -96,8 +104,10 @@ def finish(report: Any, folder: Path, options: argparse.Namespace) -> None:
     if options.json:
         print_json(plain(report))
         return
+    from coordinator.report import metric_name
+
     accuracy = report.accuracy
-    table = Table("on the test set", "accuracy")
+    table = Table("on the test set", metric_name(report.metric))
     table.add_row("from scratch, same labels", percent(accuracy.scratch))
     table.add_row("FedSA student, FP32", percent(accuracy.fedsa_fp32))
     table.add_row("FedSA student, INT8", percent(accuracy.fedsa_int8))
@@ -125,55 +135,79 @@ def _train(options: argparse.Namespace) -> int:
     from coordinator.checkpoints import begun as has_checkpoint
     from coordinator.checkpoints import lost_in
     from coordinator.connection import connect
-    from coordinator.data import read_configured_task
+    from coordinator.data import read_configured
     from coordinator.files import locked
-    from coordinator.pipeline import TaskRun, Timings, run_task
+    from coordinator.pipeline import TaskRun, Timings, run_task, train_along
+    from coordinator.ranks import joined
     from coordinator.resume import keep
     from coordinator.terminal import TerminalProgress
+    from coordinator.tracking import tracked
     from coordinator.training import require_enough
 
-    folder, begun = _place(options)
-    config = begun.config
-    timings = Timings()
-    with timings.of("data"):
-        task = read_configured_task(config.data)
-    broker = config.broker
-    address = parse_broker(
-        broker.url,
-        ca=_path(broker.ca),
-        certificate=_path(broker.certificate),
-        key=_path(broker.key),
-    )
-    key = private_key_at(Path(begun.signing_key))
     with ExitStack() as stack:
-        connection = stack.enter_context(connect(address, name=broker.name))
-        # Who was lost may be gone for good: the run waits for the others.
-        wanted = [name for name in begun.devices if name not in lost_in(folder)]
-        devices = connection.fleet.wait(options.teachers, names=wanted)
-        if begun.devices:
-            devices = [device for device in devices if device.name in begun.devices]
-        if not has_checkpoint(folder):  # a run that is gone on with may have lost some
-            require_enough(config, len(devices))
+        ranks = stack.enter_context(joined(_distributed(options)))
+        # The first process has the run's folder, and knows what an earlier one left there.
+        folder, begun = ranks.first_does(lambda: _place(options))
+        config = begun.config
+        timings = Timings()
+        with timings.of("data"):
+            task = read_configured(config)
+        broker = config.broker
+        address = parse_broker(
+            broker.url,
+            ca=_path(broker.ca),
+            certificate=_path(broker.certificate),
+            key=_path(broker.key),
+        )
+        if ranks.first:
+            private_key_at(Path(begun.signing_key))  # known to be one before anything is trained
+        name = broker.name if ranks.first else f"{broker.name}-{ranks.rank}"
+        connection = stack.enter_context(connect(address, name=name))
+
+        def there() -> list[str]:
+            # Who was lost may be gone for good: the run waits for the others.
+            wanted = [name for name in begun.devices if name not in lost_in(folder)]
+            found = connection.fleet.wait(options.teachers, names=wanted)
+            names = [d.name for d in found if not begun.devices or d.name in begun.devices]
+            if not has_checkpoint(folder):  # a run that is gone on with may have lost some
+                require_enough(config, len(names))
+            return names
+
+        names = ranks.first_does(there)
+        devices = [d for d in connection.fleet.wait(names=names) if d.name in names]
+        cache = options.runs / "answers"
+        if not ranks.first:
+            train_along(config, task, cache, ranks, connection, devices)
+            return 0
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(folder))
-        names = [device.name for device in devices]
         keep(folder, begun, list(dict.fromkeys([*begun.devices, *names])))
         stderr.print(f"{len(devices)} teachers: {', '.join(names)}")
         stderr.print(f"This run is in {folder}; with --resume {folder.name} it goes on")
+        tracking = stack.enter_context(tracked(folder, folder.name, config, stderr.print))
         run = TaskRun(
             command="fedsa train",
             task=begun.task,
             config=config,
             data=task,
             folder=folder,
-            cache=options.runs / "answers",
-            key=key,
+            cache=cache,
+            key=private_key_at(Path(begun.signing_key)),
             deploy=begun.deploy,
+            ranks=ranks,
+            tracking=tracking,
         )
         with TerminalProgress() as progress:
             report = run_task(run, connection, devices, progress, timings)
     finish(report, folder, options)
     return 0
+
+
+def _distributed(options: argparse.Namespace) -> DistributedConfig:
+    """How long the processes wait for each other: known before they have met."""
+    from coordinator.config import load_config
+
+    return load_config(options.config, run_settings(options)).distributed
 
 
 def _place(options: argparse.Namespace) -> tuple[Path, Begun]:
@@ -198,26 +232,15 @@ def _place(options: argparse.Namespace) -> tuple[Path, Begun]:
             config=earlier.config,
         )
     else:
-        for value, flag in ((options.task, "--task"), (signing_key, "--signing-key")):
-            if value is None:
-                raise UsageError(f"{flag} is not given, which a new run needs")
         config = load_config(options.config, flags)
-        begun = Begun(options.task, signing_key or "", options.deploy, tuple(devices), config)
+        task = options.task or "-".join(config.tasks)
+        for value, flag in ((task, "--task"), (signing_key, "--signing-key")):
+            if not value:
+                raise UsageError(f"{flag} is not given, which a new run needs")
+        begun = Begun(task, signing_key or "", options.deploy, tuple(devices), config)
     check_name(begun.task)
-    _require_set(begun.config)
+    require_settings(begun.config)
     return folder, begun
-
-
-def _require_set(config: Config) -> None:
-    for section, name, flag in (
-        ("broker", "url", "broker"),
-        ("data", "probe", "data.probe"),
-        ("data", "transfer", "data.transfer"),
-    ):
-        if not getattr(getattr(config, section), name):
-            raise UsageError(
-                f"{section}.{name} is not set: name it with --{flag}, or in the file given with --config"
-            )
 
 
 def _broker_settings(options: argparse.Namespace) -> Mapping[str, str]:

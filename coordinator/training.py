@@ -17,99 +17,132 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from coordinator.amalgamation.aggregation import RoundPlan, run_round
-from coordinator.amalgamation.heads import fit_task_head
 from coordinator.amalgamation.task import AmalgamationTask, Losses
-from coordinator.augmentation import Jitter
 from coordinator.checkpoints import CurvePoint, RoundSelection, Run
 from coordinator.config import Config, ScratchConfig, WarmupConfig
 from coordinator.consultation import Consultation
-from coordinator.data import LabelledImages, TaskData
-from coordinator.loop import Drawn, Lesson, Loop
-from coordinator.optimisation import OneCycle, stage_generator, steps_per_epoch
+from coordinator.data import SeveralTasks, TaskData, as_several
+from coordinator.kinds.kind import Features, Fit
+from coordinator.labels import Probes
+from coordinator.loop import Drawn, Lesson
+from coordinator.measures import first_metric, measured
+from coordinator.optimisation import OneCycle, joint_steps, steps_per_epoch
 from coordinator.progress import Progress, Silent
+from coordinator.ranks import ALONE, Ranks
 from coordinator.roster import Lost, Online, Roster
+from coordinator.selection import Selection
+from coordinator.stage import Stage
 from coordinator.student import (
+    HeadSpec,
     Student,
     StudentSpec,
-    accuracy,
-    grad_cam,
+    features_of,
     pooled_features,
     save_student,
 )
 from coordinator.teachers import Teacher
+from coordinator.tracking import UNTRACKED, Tracking
 from edge_teacher.contract.errors import UsageError
+
+_MAPS = 500
 
 
 @dataclass(frozen=True)
 class TrainingResult:
     """What came out of a run.
 
-    student_maps [P, s, s] and teacher_maps {name: [P, S, S]} are of `looked_at`, the student's
-    as it is at the end; accuracies are fractions of the test set, absent without one; seconds are
-    by stage.
+    student_maps [P, s, s] and teacher_maps {name: [P, S, S]} are of the probe images of `looked_at`, one
+    task's after the other's, the student's as it is at the end. Accuracies are the first metric of the
+    task's kind on the test set, with several tasks the mean over those that have one, absent without
+    any; `metrics` has every metric by net, task and name. Seconds are by stage.
     """
+
+    data: SeveralTasks
 
     student: Student
     scratch: Student | None
     selections: tuple[RoundSelection, ...]
-    looked_at: LabelledImages
+    looked_at: SeveralTasks
     student_maps: NDArray[np.float32]
     teacher_maps: Mapping[str, NDArray[np.float32]]
     curve: tuple[CurvePoint, ...]
     accuracy: Mapping[str, float]
+    metrics: Mapping[str, Mapping[str, Mapping[str, float]]]
     seconds: Mapping[str, float]
     lost: tuple[Lost, ...] = ()
+
+    def last_selections(self) -> dict[str, Selection]:
+        """By task."""
+        return {found.task: found.selection for found in self.selections}
 
 
 def train(
     config: Config,
-    data: TaskData,
+    data: TaskData | SeveralTasks,
     teachers: Mapping[str, Teacher],
     folder: Path,
     progress: Progress | None = None,
     online: Online | None = None,
+    ranks: Ranks = ALONE,
+    tracking: Tracking = UNTRACKED,
 ) -> TrainingResult:
-    """Train a student for `data` from `teachers`, keeping state in `folder`.
+    """Train a student for `data`, one task or several, from `teachers`, keeping state in `folder`.
 
     Writes `folder`/checkpoint.pt after every stage and every `config.checkpoint_s` seconds within
     one, and `folder`/student.pt at the end. A teacher that does not answer, or not with what makes
     sense, is set aside, and the run goes on with the others; `online` says who is there, so that one
     that has come back is asked again at the next selection. Raises UsageError without teachers or if
     `folder` holds another run, and CheckFailed, naming everyone who was set aside, when fewer than
-    `devices.least` are left.
+    `devices.least` are left. Of several processes, `ranks`, only the first writes and decides who is
+    there; `teachers` are then those that all of them ask together.
     """
     if not teachers:
         raise UsageError("There is no teacher to learn from; start at least one device.")
     progress = progress or Silent()
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-    run = Run.open(folder, config, data, {name: t.identity for name, t in teachers.items()})
+    tasks = as_several(data)
+    require_judgeable(config, tasks)
+    require_shares(config, tasks, ranks)
+    cores = max(1, len(os.sched_getaffinity(0)) // ranks.local_world)
+    torch.set_num_threads(config.threads or cores)
+    device = ranks.device(config.student.device)
+    identities = {name: teacher.identity for name, teacher in teachers.items()}
+    run = Run.open(folder, config, tasks, identities, ranks)
     require_enough(config, len(run.record.teachers))
+    tracking.begin(run.record.steps)
+    there = online or (lambda: identities)
     roster = Roster(
         teachers,
         run.record.lost,
         progress,
         least=config.devices.least,
-        online=online,
+        # One says who is there, for all: the others hear of a device earlier or later.
+        online=lambda: ranks.first_does(there),
         keep=run.save,
     )
-    spec = StudentSpec.of_images(data.transfer, data.probe.classes, config.student.channels)
+    spec = StudentSpec.of_images(
+        tasks.transfer,
+        {name: HeadSpec(t.probe.kind, t.classes) for name, t in tasks.tasks.items()},
+        config.student.channels,
+        architecture=config.student.architecture,
+        module=config.student.module,
+        feature_layer=config.student.feature_layer,
+    )
 
-    def stage(name: str) -> _Stage:
-        return _Stage(name, config, data, run, progress)
+    def stage(name: str) -> Stage:
+        return Stage(name, config, tasks, run, progress, ranks, tracking)
 
-    scratch = _new_student(spec, config.seed)
+    scratch = _new_student(spec, config.seed).to(device)
     if config.scratch.epochs:
         _learn_labels(stage("scratch"), "scratch", scratch, config.scratch)
 
     # The same first weights as the baseline's: what differs in the end is what the teachers gave.
-    student = _new_student(spec, config.seed)
+    student = _new_student(spec, config.seed).to(device)
     _learn_labels(stage("warm-up"), "student", student, config.warmup)
 
-    consultation = Consultation(config, data, run, roster, progress)
+    consultation = Consultation(config, tasks, run, roster, progress, ranks, tracking)
     consultation.open()
     task: AmalgamationTask | None = None
     for number in range(config.aggregation.rounds):
@@ -133,20 +166,25 @@ def train(
     roster.roll_call("end")
     student.eval()
     scratch.eval()
-    save_student(student, folder / "student.pt")
+    if ranks.first:
+        save_student(student, folder / "student.pt")
     trained = {"fedsa": student} | ({"scratch": scratch} if config.scratch.epochs else {})
-    if data.test is not None:
-        for name, net in trained.items():
-            run.record.accuracy[name] = accuracy(net, data.test.images, data.test.labels)
+    for name, net in trained.items():
+        found = measured(net, tasks)
+        if found:
+            run.record.metrics[name] = found
+            run.record.accuracy[name] = first_metric(found)
     return TrainingResult(
+        data=tasks,
         student=student,
         scratch=trained.get("scratch"),
         selections=tuple(run.record.selections),
-        looked_at=consultation.images,
-        student_maps=grad_cam(student, consultation.images.images),
+        looked_at=consultation.looked,
+        student_maps=consultation.student_maps(student),
         teacher_maps=consultation.teacher_maps,
         curve=tuple(run.record.curve),
         accuracy=run.record.accuracy,
+        metrics=run.record.metrics,
         seconds=run.record.seconds,
         lost=tuple(run.record.lost),
     )
@@ -167,52 +205,34 @@ def require_enough(config: Config, teachers: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """One stage of the run, and what every stage needs."""
+def require_judgeable(config: Config, data: SeveralTasks) -> None:
+    """The oracle judges by the accuracy of a classifier. Raises UsageError for other kinds."""
+    if config.selection.strategy != "oracle":
+        return
+    for name, task in data.tasks.items():
+        if task.probe.kind != "single-label":
+            raise UsageError(
+                f"The oracle judges by accuracy, and the task {name} is {task.probe.kind}; choose another "
+                "selection.strategy."
+            )
 
-    name: str
-    config: Config
-    data: TaskData
-    run: Run
-    progress: Progress
 
-    def resumed(self, **nets: nn.Module) -> bool:
-        """Whether an earlier run finished this stage; then the nets are as it left them."""
-        if not self.run.has(self.name):
-            return False
-        for key, net in nets.items():
-            net.load_state_dict(self.run.nets[key])
-        return True
-
-    def finish(self, **nets: nn.Module) -> None:
-        self.progress.end()
-        self.run.finish(self.name, {key: net.state_dict() for key, net in nets.items()})
-
-    def generator(self) -> torch.Generator:
-        return stage_generator(self.config.seed, self.name)
-
-    def learn(self, lesson: Lesson, random: torch.Generator) -> None:
-        config = self.config
-        loop = Loop(
-            self.run,
-            self.progress,
-            batch=config.batch,
-            weight_decay=config.weight_decay,
-            checkpoint_s=config.checkpoint_s,
+def require_shares(config: Config, data: SeveralTasks, ranks: Ranks) -> None:
+    """Every process needs two images of every step: batch norm has a variance. Raises UsageError."""
+    if ranks.alone:
+        return
+    if config.batch % ranks.world or config.batch < 2 * ranks.world:
+        raise UsageError(
+            f"batch is {config.batch}, which {ranks.world} processes cannot share equally, two images "
+            f"each at least; choose a multiple of {ranks.world} from {2 * ranks.world} on."
         )
-        loop.learn(lesson, random)
-
-    def drawn(self, index: Tensor, generator: torch.Generator) -> Drawn:
-        return Drawn(index, Jitter.draw(len(index), self.config.shift, generator))
-
-    def measure(self, images: int, student: Student) -> None:
-        """Add a point to the learning curve. The test set is for reports: nothing depends on it."""
-        test, record = self.data.test, self.run.record
-        reached = accuracy(student, test.images, test.labels) if test else None
-        loss = float(np.mean(record.losses))
-        record.curve.append(CurvePoint(self.name, images, loss, reached))
-        record.losses.clear()
+    for name, task in data.tasks.items():
+        if len(task.probe) < 2 * ranks.world:
+            of_task = f" of {name}" if len(data.tasks) > 1 else ""
+            raise UsageError(
+                f"the probe set{of_task} has {len(task.probe)} images and {ranks.world} processes need "
+                "two each; start fewer."
+            )
 
 
 def _new_student(spec: StudentSpec, seed: int) -> Student:
@@ -222,33 +242,32 @@ def _new_student(spec: StudentSpec, seed: int) -> Student:
 
 
 def _learn_labels(
-    stage: _Stage, key: str, student: Student, recipe: WarmupConfig | ScratchConfig
+    stage: Stage, key: str, student: Student, recipe: WarmupConfig | ScratchConfig
 ) -> None:
-    """Cross-entropy on the probe set, from whatever `student` is."""
+    """The tasks' losses on their probe sets, from whatever `student` is."""
     if stage.resumed(**{key: student}):
         return
-    config, probe = stage.config, stage.data.probe
-    images, labels = torch.from_numpy(probe.images), torch.from_numpy(probe.labels)
+    config = stage.config
+    probes = Probes(stage.data)
 
-    def draw(index: Tensor, generator: torch.Generator) -> tuple[Drawn, ...]:
-        return (stage.drawn(index, generator),)
+    def draw(batches: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Drawn, ...]:
+        return tuple(stage.drawn(index, generator) for index in batches)
 
-    def loss(drawn: Drawn) -> tuple[Tensor, Losses]:
-        logits = student(drawn.jitter.images(images[drawn.index]))
-        value = F.cross_entropy(logits, labels[drawn.index])
+    def loss(*drawn: Drawn) -> tuple[Tensor, Losses]:
+        value = probes.loss(student, drawn)
         return value, Losses(float(value.detach()))
 
-    steps = recipe.epochs * steps_per_epoch(len(probe), config.batch)
+    steps = recipe.epochs * joint_steps(probes.sizes, config.batch)
     lesson = Lesson(
         name=stage.name,
         nets={key: student},
         trained=[student],
-        images=len(probe),
+        images=probes.sizes,
         epochs=recipe.epochs,
         cycle=OneCycle(recipe.rate, steps),
         draw=draw,
         loss=loss,
-        measure=lambda epoch: stage.measure(epoch * len(probe), student),
+        measure=lambda epoch: stage.measure(epoch * sum(probes.sizes), student),
     )
     with stage.run.timed(stage.name):
         stage.learn(lesson, stage.generator())
@@ -256,30 +275,33 @@ def _learn_labels(
 
 
 def _task(
-    stage: _Stage, student: Student, consultation: Consultation, number: int
+    stage: Stage, student: Student, consultation: Consultation, number: int
 ) -> AmalgamationTask:
     """The task for the teachers selected last."""
-    weights = consultation.ask(number, student)
+    data = stage.data
+    selected = consultation.ask(number, student)
     with stage.run.timed("head"):
         task = AmalgamationTask(
             student,
-            stage.data,
+            data,
             consultation.answers,
-            weights,
+            selected,
             stage.run.nets,
             stage.config.aggregation,
             stage.config.head,
             stage.config.seed,
         )
-    if task.head is not None:
+    for name, taught in task.taught.items():
+        metric = data.tasks[name].kind.metrics[0].replace("_", " ")
+        of_task = f" for {name}" if len(data.tasks) > 1 else ""
         stage.progress.say(
-            f"A linear head on their features is right on {task.head.cv_accuracy:.1%} "
-            "of the probe images, in cross-validation"
+            f"A linear head on their features{of_task} reaches {taught.score:.1%} {metric} on the probe "
+            "images, in cross-validation"
         )
     return task
 
 
-def _aggregate(stage: _Stage, number: int, task: AmalgamationTask) -> None:
+def _aggregate(stage: Stage, number: int, task: AmalgamationTask) -> None:
     config = stage.config
     steps = config.aggregation.epochs * steps_per_epoch(len(task), config.batch)
     plan = RoundPlan(
@@ -311,53 +333,57 @@ def _aggregate(stage: _Stage, number: int, task: AmalgamationTask) -> None:
     stage.finish(**task.nets())
 
 
-def _fine_tune(stage: _Stage, task: AmalgamationTask) -> None:
+def _fine_tune(stage: Stage, task: AmalgamationTask) -> None:
     """A fresh head, then all of the student at a low rate, on the labels of the probe set.
 
     The head is fitted like a task head, to features that hold still, and so does no harm to them.
     Every step also keeps up the aggregation's loss on as many transfer images: fifty images of a
     class would else have the student forget what thousands taught it.
     """
-    config, probe = stage.config, stage.data.probe
+    config, data = stage.config, stage.data
     student = task.student
     recipe = config.finetune
-    images, labels = torch.from_numpy(probe.images), torch.from_numpy(probe.labels)
+    probes = Probes(data)
 
     def prepare() -> None:
-        fitted = fit_task_head(
-            pooled_features(student, probe.images),
-            probe.labels,
-            len(probe.classes),
-            pooled_features(student, stage.data.transfer),
-            config.head.folds,
-            config.seed,
-        )
-        fitted.write_to(student.head)
+        _fresh_heads(student, data, Fit(config.head.folds, config.seed))
 
-    def draw(index: Tensor, generator: torch.Generator) -> tuple[Drawn, ...]:
-        labelled = stage.drawn(index, generator)
+    def draw(batches: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Drawn, ...]:
+        labelled = [stage.drawn(index, generator) for index in batches]
         kept = torch.randint(len(task), (config.batch,), generator=generator)
-        return labelled, stage.drawn(kept, generator)
+        return *labelled, stage.drawn(kept, generator)
 
-    def loss(labelled: Drawn, kept: Drawn) -> tuple[Tensor, Losses]:
-        logits = student(labelled.jitter.images(images[labelled.index]))
-        value = F.cross_entropy(logits, labels[labelled.index])
+    def loss(*drawn: Drawn) -> tuple[Tensor, Losses]:
+        *labelled, kept = drawn
+        value = probes.loss(student, labelled)
         value = value + task.loss(student, kept.index, kept.jitter, task.weights)[0]
         return value, Losses(float(value.detach()))
 
-    steps = recipe.epochs * steps_per_epoch(len(probe), config.batch)
+    steps = recipe.epochs * joint_steps(probes.sizes, config.batch)
     lesson = Lesson(
         name=stage.name,
         nets=task.nets(),
         trained=[student, *task.translators(task.weights).values()],
-        images=len(probe),
+        images=probes.sizes,
         epochs=recipe.epochs,
         cycle=OneCycle(recipe.rate, steps),
         draw=draw,
         loss=loss,
         prepare=prepare,
-        measure=lambda epoch: stage.measure(epoch * len(probe), student),
+        measure=lambda epoch: stage.measure(epoch * sum(probes.sizes), student),
     )
     with stage.run.timed(stage.name):
         stage.learn(lesson, stage.generator())
     stage.finish(**task.nets())
+
+
+def _fresh_heads(student: Student, data: SeveralTasks, fit: Fit) -> None:
+    """Every task's head is fitted to its labels; before any of them is, the features are taken."""
+    chosen = np.linspace(0, len(data.transfer) - 1, min(_MAPS, len(data.transfer))).astype(int)
+    # Maps of all images may be larger than the memory; the deviation of their cells needs no such many.
+    many = Features(
+        features_of(student, data.transfer[chosen]).map, pooled_features(student, data.transfer)
+    )
+    for name, task in data.tasks.items():
+        own = features_of(student, task.probe.images)
+        task.kind.refit(student.head(name), own, task.probe.labels, many, fit)

@@ -52,7 +52,12 @@ class StudentCard(msgspec.Struct, frozen=True, kw_only=True, tag="student", tag_
     canary_logits: dict[str, str]
     """Dialect to the file with the logits its graph gave at export for the canary images."""
     canary_agreement: float = 0.99
-    """Least share of canary images whose top-1 class must be as at export."""
+    """Least share of the decisions on the canary images that must be as at export."""
+    task_kind: str = "single-label"
+    """What kind of task it answers, for people and programs; a device needs only how to read the logits."""
+    decision: str = "top-1"
+    """How an answer is read off the logits [N, classes, …] (`contract.decisions`). A device from before
+    this field takes it for top-1, and refuses a dense student: its logits have more than two dimensions."""
     format: Literal[1] = 1
 
 

@@ -137,22 +137,38 @@ def quantise(
 
 
 def _keep_outputs_float(graph: onnx.GraphProto) -> None:
-    """Take the last Q/DQ pair away from every graph output: DQ(Q(x)) -> x."""
-    producer = {name: node for node in graph.node for name in node.output}
+    """Take the last Q/DQ pair away from every graph output: DQ(Q(x)) -> x.
+
+    And from what a resizing at the end is given: logits of eight bits would be ties before they are
+    enlarged.
+    """
     for output in graph.output:
-        dequantise = producer[output.name]
-        if dequantise.op_type != "DequantizeLinear":
-            continue
-        quantise_node = producer[dequantise.input[0]]
-        source = producer[quantise_node.input[0]]
-        others = [
-            n for n in graph.node if n is not quantise_node and quantise_node.input[0] in n.input
-        ]
-        if quantise_node.op_type != "QuantizeLinear" or others:
-            continue
-        source.output[list(source.output).index(quantise_node.input[0])] = output.name
-        graph.node.remove(dequantise)
-        graph.node.remove(quantise_node)
+        name = output.name
+        while True:
+            _bypass(graph, name)
+            node = next((n for n in graph.node if name in n.output), None)
+            if node is None or node.op_type != "Resize":
+                break
+            name = node.input[0]
     used = {name for node in graph.node for name in node.input}
     for initializer in [i for i in graph.initializer if i.name not in used]:
         graph.initializer.remove(initializer)
+
+
+def _bypass(graph: onnx.GraphProto, name: str) -> None:
+    """If `name` is DQ(Q(x)) and nothing else reads x, x takes its name."""
+    producer = {made: node for node in graph.node for made in node.output}
+    dequantise = producer.get(name)
+    if dequantise is None or dequantise.op_type != "DequantizeLinear":
+        return
+    quantise_node = producer.get(dequantise.input[0])
+    if quantise_node is None or quantise_node.op_type != "QuantizeLinear":
+        return
+    inner = quantise_node.input[0]
+    others = [n for n in graph.node if n is not quantise_node and inner in n.input]
+    if inner not in producer or others:
+        return
+    source = producer[inner]
+    source.output[list(source.output).index(inner)] = name
+    graph.node.remove(dequantise)
+    graph.node.remove(quantise_node)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,14 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from edge_teacher.contract.decisions import decisions
 from edge_teacher.contract.errors import CheckFailed, UsageError
-from export.checks.student import (
-    Canary,
-    OnnxClassifier,
-    accuracy,
-    check_parity,
-    choose_canary,
-)
+from export.checks.scoring import TOP_1, Scoring
+from export.checks.student import Canary, OnnxClassifier, check_parity, choose_canary
 from export.checks.tensorrt import check_tensorrt, installed_tensorrt
 from export.graph import InputSpec
 from export.input_graph import IMAGES, take_uint8_images
@@ -51,6 +48,7 @@ INT8_CPU = "student.int8.cpu.onnx"
 INT8_TENSORRT = "student.int8.tensorrt.onnx"
 # The upper end of the profile TensorRT is asked with; the device builds its engine with its own.
 _TENSORRT_BATCH = 32
+_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -67,21 +65,24 @@ def export_student(
     given: InputSpec,
     classes: Sequence[str],
     calibration: NDArray[np.uint8],
-    holdout: tuple[NDArray[np.uint8], NDArray[np.int64]] | None = None,
+    holdout: tuple[NDArray[np.uint8], NDArray[Any]] | None = None,
     *,
     largest_drop: float | None = None,
+    scoring: Scoring = TOP_1,
 ) -> StudentFiles:
-    """Export a trained classifier, quantise it, and check that it still is the same classifier.
+    """Export a trained student, quantise it, and check that it still is the same student.
 
     Args:
-        module: float[N, 3, h, w] normalised -> logits float[N, classes]. Neither changed nor moved.
+        module: float[N, 3, h, w] normalised -> logits float[N, classes], or [N, classes, h, w] where
+            `scoring` says so. Neither changed nor moved.
         given: the size and normalisation the module was trained with.
         classes: names in the order of the logits.
         calibration: uint8[N, H, W, 3], images like those the device will see; labels are not
             needed.
-        holdout: images uint8[N, H, W, 3] and labels int[N] to measure accuracy on.
-        largest_drop: refuse an INT8 file whose holdout accuracy is more than this fraction under
-            FP32's.
+        holdout: images uint8[N, H, W, 3] and labels, as `scoring` measures by, to measure on.
+        largest_drop: refuse an INT8 file that is more than this fraction under FP32 by the metric of
+            `scoring` on the holdout.
+        scoring: what kind of student it is. Labels other than a classifier's are the caller's to check.
 
     Raises:
         UsageError: the arrays, the classes or the module do not fit together.
@@ -90,13 +91,13 @@ def export_student(
     """
     _check_images("calibration", calibration)
     if holdout is not None:
-        _check_holdout(*holdout, len(classes))
+        _check_holdout(*holdout, len(classes), scoring)
     if largest_drop is not None and holdout is None:
         raise UsageError(
             "largest_drop needs a labelled holdout to measure the drop on: give holdout="
         )
     module = copy.deepcopy(module).to("cpu", torch.float32).eval()
-    fp32 = take_uint8_images(_to_onnx(module, given, len(classes)), given)
+    fp32 = take_uint8_images(_to_onnx(module, given, len(classes), scoring.dimensions), given)
     models = {
         FP32: fp32,
         INT8_CPU: quantise(fp32, calibration, Dialect.CPU),
@@ -104,10 +105,10 @@ def export_student(
     }
     files = {name: model.SerializeToString(deterministic=True) for name, model in models.items()}
     parity_error = check_parity(module, given, files[FP32])
-    reports = _measure(files, calibration, holdout)
+    reports = _measure(files, calibration, holdout, scoring)
     if largest_drop is not None:
-        check_drop(reports, largest_drop)
-    canary = choose_canary(files, calibration)
+        check_drop(reports, largest_drop, scoring.metric)
+    canary = choose_canary(files, calibration, scoring)
     report = StudentReport(
         classes=tuple(classes),
         parameters=sum(p.numel() for p in module.parameters()),
@@ -120,13 +121,15 @@ def export_student(
             {IMAGES: (_TENSORRT_BATCH, *calibration.shape[1:])},
             installed_tensorrt(),
         ),
+        metric=scoring.metric,
         software={m.__name__: str(m.__version__) for m in (np, onnx, onnxruntime, torch)},
     )
     return StudentFiles(files, report, canary)
 
 
-def _to_onnx(module: nn.Module, given: InputSpec, classes: int) -> onnx.ModelProto:
-    """The bare network: float[N, 3, h, w] -> logits float[N, classes], no trace of its source."""
+def _to_onnx(module: nn.Module, given: InputSpec, classes: int, dimensions: int) -> onnx.ModelProto:
+    """The bare network: float[N, 3, h, w] -> logits float[N, classes, …], no trace of its source."""
+    rest = given.size if dimensions == 4 else ()
     for count in (3, 2):
         # Never one: torch.export takes an example of one as proof that the batch always is.
         example = torch.zeros(count, 3, *given.size)
@@ -138,10 +141,10 @@ def _to_onnx(module: nn.Module, given: InputSpec, classes: int) -> onnx.ModelPro
                 f"the student cannot answer {count} images of {list(example.shape[1:])} ({error}): "
                 "give the size it was trained with and a module that takes one float [N, 3, h, w]"
             ) from error
-        if shape != (count, classes):
+        if shape != (count, classes, *rest):
             raise UsageError(
                 f"the student answers {count} images with a tensor of shape {shape}, which is not "
-                f"({count}, {classes}): give one class name per logit and a module ending in logits"
+                f"{(count, classes, *rest)}: give one class name per logit and a module ending in logits"
             )
     model = torch_to_onnx(module, (3, *given.size), ["logits"])
     _strip_traces(model)
@@ -161,32 +164,48 @@ def _strip_traces(model: onnx.ModelProto) -> None:
 def _measure(
     files: dict[str, bytes],
     calibration: NDArray[np.uint8],
-    holdout: tuple[NDArray[np.uint8], NDArray[np.int64]] | None,
+    holdout: tuple[NDArray[np.uint8], NDArray[Any]] | None,
+    scoring: Scoring,
 ) -> dict[str, FileReport]:
     images, labels = (calibration, None) if holdout is None else holdout
-    logits = {name: OnnxClassifier(model).logits(images) for name, model in files.items()}
-    reference = logits[FP32].argmax(1)
+    sessions = {name: OnnxClassifier(model) for name, model in files.items()}
+    kept: dict[str, list[NDArray[Any]]] = {name: [] for name in files}
+    alike, every = dict.fromkeys(files, 0), 0
+    # By batch: a dense student's logits of the whole holdout may be larger than the memory.
+    for start in range(0, len(images), _BATCH):
+        logits = {n: s.logits(images[start : start + _BATCH]) for n, s in sessions.items()}
+        reference = decisions(logits[FP32], scoring.decision)
+        every += reference.size
+        for name, answer in logits.items():
+            alike[name] += int((decisions(answer, scoring.decision) == reference).sum())
+            if labels is not None:
+                kept[name].append(scoring.kept(answer))
     return {
         name: FileReport(
             bytes=len(files[name]),
-            accuracy=None if labels is None else accuracy(answer, labels),
-            agreement=accuracy(answer, reference),
+            accuracy=None
+            if labels is None
+            else scoring.measure(np.concatenate(kept[name]), labels),
+            agreement=alike[name] / every,
         )
-        for name, answer in logits.items()
+        for name in files
     }
 
 
-def check_drop(reports: dict[str, FileReport], largest_drop: float) -> None:
+def check_drop(
+    reports: dict[str, FileReport], largest_drop: float, metric: str = TOP_1.metric
+) -> None:
     """The quality gate: CheckFailed if a file's accuracy is too far under the FP32 file's.
 
     Without accuracies (no holdout) there is nothing to compare, and nothing is refused.
     """
     best = reports[FP32].accuracy
+    named = metric.replace("_", " ")
     for name, report in reports.items():
         if best is None or report.accuracy is None or best - report.accuracy <= largest_drop:
             continue
         raise CheckFailed(
-            f"{name} is right on {report.accuracy:.1%} of the holdout and FP32 on {best:.1%}: a "
+            f"{name} has {report.accuracy:.1%} {named} on the holdout and FP32 {best:.1%}: a "
             f"drop of more than {largest_drop:.1%}; calibrate on more images, or deploy {FP32}"
         )
 
@@ -199,8 +218,12 @@ def _check_images(what: str, images: NDArray[np.uint8]) -> None:
         )
 
 
-def _check_holdout(images: NDArray[np.uint8], labels: NDArray[np.int64], classes: int) -> None:
+def _check_holdout(
+    images: NDArray[np.uint8], labels: NDArray[Any], classes: int, scoring: Scoring
+) -> None:
     _check_images("holdout", images)
+    if scoring is not TOP_1:
+        return
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise UsageError(
             f"the holdout has {len(images)} images and labels {labels.dtype}{list(labels.shape)}: "

@@ -12,10 +12,10 @@ class FileReport(msgspec.Struct, frozen=True):
 
     Attributes:
         bytes: of the file.
-        accuracy: fraction right on the labelled holdout, by ONNX Runtime on the CPU; None without
-            one.
-        agreement: fraction of images on which its top-1 is the FP32 file's, on the holdout, or on
-            the calibration images where there is none.
+        accuracy: the student's metric on the labelled holdout (for a classifier the fraction right), by
+            ONNX Runtime on the CPU; None without one.
+        agreement: fraction of its decisions (the top-1 of each image or pixel, or each label) that are
+            the FP32 file's, on the holdout, or on the calibration images where there is none.
     """
 
     bytes: int
@@ -32,6 +32,7 @@ class StudentReport(msgspec.Struct, frozen=True):
         calibration_images, holdout_images: how many were used.
         tensorrt: what TensorRT's parser and builder said about the file written for it.
         software: version by package.
+        metric: what the accuracies are.
     """
 
     classes: tuple[str, ...]
@@ -42,3 +43,4 @@ class StudentReport(msgspec.Struct, frozen=True):
     holdout_images: int
     tensorrt: TensorRtVerdict
     software: dict[str, str]
+    metric: str = "accuracy"

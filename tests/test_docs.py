@@ -154,4 +154,18 @@ def test_the_steps_by_hand(shell: Shell) -> None:
         shell.run(kind, commands)
     assert (shell.folder / "runs" / "mine" / "report.html").exists()
     assert (shell.folder / "again.fedsa").exists()
+    # These go on from there: the same broker, agent and keys.
+    for document, run in (("distributed.md", "together"), ("students.md", "own")):
+        for kind, commands in blocks(ROOT / "docs" / document):
+            shell.run(kind, commands)
+        assert (shell.folder / "runs" / run / "report.html").exists()
+    assert all(process.poll() is None for process in shell.running)
+
+
+@pytest.mark.timeout(600)
+def test_the_steps_of_every_kind_of_task(shell: Shell) -> None:
+    for kind, commands in blocks(ROOT / "docs" / "tasks.md"):
+        shell.run(kind, commands)
+    assert (shell.folder / "runs" / "all" / "student.contents.fedsa").exists()
+    assert (shell.folder / "regions.fedsa").exists()
     assert all(process.poll() is None for process in shell.running)

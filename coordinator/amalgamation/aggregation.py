@@ -83,7 +83,8 @@ def _lesson(
     weights: Mapping[str, float],
     plan: RoundPlan,
 ) -> Lesson:
-    def draw(index: Tensor, generator: torch.Generator) -> tuple[Drawn, ...]:
+    def draw(batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Drawn, ...]:
+        (index,) = batch
         return (Drawn(index, Jitter.draw(len(index), plan.shift, generator)),)
 
     def loss(drawn: Drawn) -> tuple[Tensor, Losses]:
@@ -94,7 +95,7 @@ def _lesson(
         nets=nets,
         # Each round starts its own momentum: a round is then a function of the weights it starts from.
         trained=[student, *task.translators(weights).values()],
-        images=len(task),
+        images=[len(task)],
         epochs=plan.epochs,
         cycle=plan.cycle,
         first_step=plan.first_step(len(task)),

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coordinator.amalgamation.hints import signed_root, unit_scale_maps
+from coordinator.amalgamation.hints import maps_scale, signed_root
 from coordinator.answers.checks import check_answer
 from coordinator.teachers import Teacher
 from edge_teacher.contract.errors import CheckFailed
@@ -21,12 +21,13 @@ class TeacherAnswers:
 
     pooled_probe [P, C] and pooled_transfer [U, C] are signed roots, float32. maps_transfer
     [U, C, h, w] is of unit scale, and float16 because it is the one thing here that can be large;
-    None if not asked for.
+    None if not asked for. maps_probe [P, C, h, w] is divided by the same number.
     """
 
     pooled_probe: Tensor
     pooled_transfer: Tensor
     maps_transfer: Tensor | None
+    maps_probe: Tensor | None = None
 
 
 def ask(
@@ -36,16 +37,27 @@ def ask(
     *,
     flips: bool,
     maps: bool,
+    probe_maps: bool = False,
 ) -> TeacherAnswers:
     """Query a teacher for images uint8[N, H, W, 3].
 
     With `flips` a pooled feature is the mean of the image's and its mirror image's: twice the
-    queries, and features with less in them that does not matter. Raises CheckFailed if an answer
+    queries, and features with less in them that does not matter. `probe_maps`, of which `maps` are the
+    scale, come with `maps` only. Raises CheckFailed if an answer
     has the wrong shape or is not finite.
     """
     pooled = _pooled(teacher, probe, flips), _pooled(teacher, transfer, flips)
-    _require_same_width(teacher, *pooled)
-    return TeacherAnswers(*pooled, _maps(teacher, transfer) if maps else None)
+    _require_same(teacher, *pooled, "pooled features")
+    if not maps:
+        return TeacherAnswers(*pooled, None)
+    of_transfer = _maps(teacher, transfer)
+    scale = maps_scale(of_transfer)
+    of_probe = _maps(teacher, probe) if probe_maps else None
+    if of_probe is not None:
+        _require_same(teacher, of_probe, of_transfer, "feature maps")
+        of_probe = (of_probe / scale).half()
+    # Scaled before it is halved: no teacher's values can then leave float16's range.
+    return TeacherAnswers(*pooled, (of_transfer / scale).half(), of_probe)
 
 
 def _pooled(teacher: Teacher, images: NDArray[np.uint8], flips: bool) -> Tensor:
@@ -59,22 +71,25 @@ def ask_pooled(teacher: Teacher, images: NDArray[np.uint8], *, flips: bool) -> N
     if flips:
         mirrored = teacher.pooled(images, mirrored=True)
         other = check_answer(teacher.name, mirrored, len(images), 2, what)
-        _require_same_width(teacher, pooled, other)
+        _require_same(teacher, pooled, other, what)
         pooled = ((pooled + other) / 2).astype(np.float32)
     return pooled
 
 
 def _maps(teacher: Teacher, images: NDArray[np.uint8]) -> Tensor:
     answer = check_answer(teacher.name, teacher.features(images), len(images), 4, "feature maps")
-    # Scaled before it is halved: no teacher's values can then leave float16's range.
-    return unit_scale_maps(torch.from_numpy(answer)).half()
+    return torch.from_numpy(answer)
 
 
-def _require_same_width(
-    teacher: Teacher, one: NDArray[np.float32] | Tensor, other: NDArray[np.float32] | Tensor
+def _require_same(
+    teacher: Teacher,
+    one: NDArray[np.float32] | Tensor,
+    other: NDArray[np.float32] | Tensor,
+    what: str,
 ) -> None:
-    if one.shape[1] != other.shape[1]:
+    """Of every image the same shape. Raises CheckFailed."""
+    if one.shape[1:] != other.shape[1:]:
         raise CheckFailed(
-            f"{teacher.name} answered with {one.shape[1]} pooled features for some images and "
-            f"{other.shape[1]} for others."
+            f"{teacher.name} answered with {list(one.shape[1:])} {what} for some images and "
+            f"{list(other.shape[1:])} for others."
         )

@@ -6,7 +6,7 @@ labels, does fairly well; its soft predictions on the transfer set are what the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ _PENALTIES = (0.03, 0.1, 0.3, 1.0)
 class TaskHead:
     """logits = ((x - mean) / deviation) @ weight + bias, for features x [N, D].
 
-    `penalty` is the one chosen by cross-validation, `cv_accuracy` what it reached there.
+    `penalty` is the one chosen by cross-validation, `cv_score` what it reached there.
     """
 
     mean: Tensor
@@ -31,19 +31,30 @@ class TaskHead:
     weight: Tensor
     bias: Tensor
     penalty: float
-    cv_accuracy: float
+    cv_score: float
+
+    def logits(self, features: Tensor) -> Tensor:
+        """float64[N, classes]."""
+        x = (features.double() - self.mean) / self.deviation
+        return x @ self.weight + self.bias
 
     def probabilities(self, features: Tensor, temperature: float) -> Tensor:
         """softmax(logits / temperature), float32[N, classes]; below 1 sharpens."""
-        x = (features.double() - self.mean) / self.deviation
-        return torch.softmax((x @ self.weight + self.bias) / temperature, 1).float()
+        return torch.softmax(self.logits(features) / temperature, 1).float()
 
     @torch.no_grad()
-    def write_to(self, layer: nn.Linear) -> None:
-        """Make `layer` compute these logits, standardisation included."""
+    def write_to(self, layer: nn.Linear | nn.Conv2d) -> None:
+        """Make `layer`, linear or a 1x1 convolution, compute these logits, standardisation included."""
         weight = self.weight / self.deviation[:, None]
-        layer.weight.copy_(weight.T)
+        layer.weight.copy_(weight.T.reshape(layer.weight.shape))
+        assert layer.bias is not None
         layer.bias.copy_(self.bias - self.mean @ weight)
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(logits float64[N, outputs], targets) -> a scalar, convex in the logits."""
+Score = Callable[[NDArray[np.float64], NDArray[np.generic]], float]
+"""(logits [N, outputs], labels) -> what cross-validation goes by; more is better."""
 
 
 def fit_task_head(
@@ -60,28 +71,51 @@ def fit_task_head(
     deviation those of the many images. The penalty with the best accuracy over `folds` parts of the
     labelled images wins, the stronger one on equal accuracy.
     """
+    part = stratified_folds(labels, min(folds, len(labels)), np.random.default_rng(seed))
+    return fit_linear(
+        features,
+        torch.from_numpy(labels),
+        classes,
+        unlabelled,
+        part,
+        F.cross_entropy,
+        lambda logits, truth: float((logits.argmax(1) == truth).mean()),
+    )
+
+
+def fit_linear(
+    features: Tensor,
+    targets: Tensor,
+    outputs: int,
+    unlabelled: Tensor,
+    part: NDArray[np.int64],
+    loss: Loss,
+    score: Score,
+) -> TaskHead:
+    """The linear head that minimises `loss` on standardised features, with an L2 penalty.
+
+    features [N, D] with targets [N, …]; part [N] is the fold of each row. The penalty with the best
+    `score` of the logits of held-out rows wins, the stronger one on equal scores.
+    """
     every = torch.cat([features, unlabelled]).double()
     mean = every.mean(0)
     deviation = every.std(0, correction=0).clamp_min(1e-6)
     x = (features.double() - mean) / deviation
-    y = torch.from_numpy(labels)
     strongest_first = sorted(_PENALTIES, reverse=True)
-    part = _stratified_folds(labels, min(folds, len(labels)), np.random.default_rng(seed))
-    hits = np.zeros(len(strongest_first))
+    held = np.zeros((len(strongest_first), len(x), outputs))
     for fold in np.unique(part):
-        held_out = torch.from_numpy(part == fold)
-        fits = _fit_path(x[~held_out], y[~held_out], classes, strongest_first)
+        rows = part == fold
+        held_out = torch.from_numpy(rows)
+        fits = _fit_path(x[~held_out], targets[~held_out], outputs, strongest_first, loss)
         for i, (weight, bias) in enumerate(fits):
-            guess = (x[held_out] @ weight + bias).argmax(1)
-            hits[i] += int((guess == y[held_out]).sum())
-    best = int(hits.argmax())
-    weight, bias = _fit_path(x, y, classes, strongest_first[: best + 1])[-1]
-    return TaskHead(
-        mean, deviation, weight, bias, strongest_first[best], float(hits[best] / len(labels))
-    )
+            held[i, rows] = (x[held_out] @ weight + bias).numpy()
+    scores = [score(logits, targets.numpy()) for logits in held]
+    best = int(np.argmax(scores))
+    weight, bias = _fit_path(x, targets, outputs, strongest_first[: best + 1], loss)[-1]
+    return TaskHead(mean, deviation, weight, bias, strongest_first[best], scores[best])
 
 
-def _stratified_folds(
+def stratified_folds(
     labels: NDArray[np.int64], folds: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
     """The fold of each image; every class is spread evenly over the folds."""
@@ -95,7 +129,7 @@ def _stratified_folds(
 
 
 def _fit_path(
-    x: Tensor, y: Tensor, classes: int, penalties: Sequence[float]
+    x: Tensor, y: Tensor, classes: int, penalties: Sequence[float], loss: Loss
 ) -> list[tuple[Tensor, Tensor]]:
     """(weight [D, classes], bias [classes]) for each penalty, each fit started from the last."""
     weight = torch.zeros(x.shape[1], classes, dtype=torch.float64, requires_grad=True)
@@ -110,12 +144,12 @@ def _fit_path(
             line_search_fn="strong_wolfe",
         )
 
-        def loss(optimiser: torch.optim.LBFGS = optimiser, penalty: float = penalty) -> float:
+        def objective(optimiser: torch.optim.LBFGS = optimiser, penalty: float = penalty) -> float:
             optimiser.zero_grad()
-            value = F.cross_entropy(x @ weight + bias, y) + penalty / 2 * weight.square().sum()
+            value = loss(x @ weight + bias, y) + penalty / 2 * weight.square().sum()
             value.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
             return float(value.detach())
 
-        optimiser.step(loss)  # type: ignore[no-untyped-call]  # nor for this
+        optimiser.step(objective)  # type: ignore[no-untyped-call]  # nor for this
         fits.append((weight.detach().clone(), bias.detach().clone()))
     return fits

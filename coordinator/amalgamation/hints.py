@@ -30,12 +30,12 @@ def pooled_hint(translator: nn.Module, student: Tensor, teacher: Tensor) -> Tens
     return F.mse_loss(translator(student), teacher)
 
 
-def unit_scale_maps(maps: Tensor) -> Tensor:
-    """Maps [N, C, h, w] divided by their root mean square over all of them.
+def maps_scale(maps: Tensor) -> Tensor:
+    """The root mean square of maps [N, C, h, w] over all of them: divided by it, they are of unit scale.
 
     Not centred: zero means "nothing here" after a ReLU, and stays zero.
     """
-    return maps / maps.square().mean().sqrt().clamp_min(_EPSILON)
+    return maps.square().mean().sqrt().clamp_min(_EPSILON)
 
 
 def signed_root(pooled: Tensor) -> Tensor:

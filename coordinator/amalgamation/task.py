@@ -12,15 +12,15 @@ import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from coordinator.amalgamation.answers import TeacherAnswers
-from coordinator.amalgamation.heads import TaskHead, fit_task_head
 from coordinator.amalgamation.hints import map_hint, pooled_hint, standardise
 from coordinator.amalgamation.translators import MapTranslator, PooledTranslator
 from coordinator.augmentation import Jitter
 from coordinator.config import AggregationConfig, HeadConfig
-from coordinator.data import TaskData
+from coordinator.data import SeveralTasks
+from coordinator.kinds import Features, Taught
+from coordinator.kinds.kind import Fit, Moved, Teaching
 from coordinator.optimisation import derived_seed
 from coordinator.student import Student
 
@@ -40,35 +40,39 @@ class AmalgamationTask:
     """The student learns, over the transfer and the probe images,
 
         hint_maps * sum_i w_i L_i(maps) + hint_pooled * sum_i w_i L_i(pooled)
-        + soft_targets * cross-entropy with the task head's predictions
+        + soft_targets * sum_t v_t (how far the head of task t is from the predictions for t)
 
-    with w_i the weights of the selection. The probe images come along with their labels for
+    with v_t the weights of the tasks and w_i = sum_t v_t w_ti / sum_t v_t, w_ti being teacher i's
+    weight in the selection for task t. A task's probe images come along with their labels for
     predictions: the few labels are the best targets there are.
     """
 
     def __init__(
         self,
         student: Student,
-        data: TaskData,
+        data: SeveralTasks,
         answers: Mapping[str, TeacherAnswers],
-        weights: Mapping[str, float],
+        selected: Mapping[str, Mapping[str, float]],
         saved: Mapping[str, State],
         config: AggregationConfig,
         head: HeadConfig,
         seed: int,
     ) -> None:
-        """`answers` has those of the selected teachers, which are the keys of `weights`; `saved`
-        the states of nets trained earlier, by the names that `nets` gives them.
+        """`selected` has for each task the weights of the teachers selected for it; `answers` has theirs,
+        and `saved` the states of nets trained earlier, by the names that `nets` gives them.
         """
         self.student = student
         self.config = config
-        self.weights = dict(sorted(weights.items()))
-        self.images = torch.from_numpy(np.concatenate([data.transfer, data.probe.images]))
+        self.weights = joint_weights(data, selected)
+        self.images = torch.from_numpy(np.concatenate([data.transfer, data.probe_images]))
         self._transfer = len(data.transfer)
-        self.head: TaskHead | None = None
-        self.soft: Tensor | None = None
+        self._shares = {name: task.weight for name, task in data.tasks.items()}
+        self.taught: dict[str, Taught] = {}
         if config.soft_targets:
-            self.head, self.soft = _soft_targets(data, answers, self.weights, config, head, seed)
+            self.taught = {
+                name: _taught(data, name, answers, selected[name], config, head, seed)
+                for name in data.tasks
+            }
         self._pooled: dict[str, Tensor] = {}
         self._maps: dict[str, Tensor] = {}
         self._translators: dict[str, nn.Module] = {}
@@ -94,7 +98,8 @@ class AmalgamationTask:
         key = f"{kind} {name}"
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(derived_seed(seed, key))
-            self._translators[key] = make(self.student.features, target.shape[1])
+            made = make(self.student.features, target.shape[1])
+        self._translators[key] = made.to(self.student.mean.device)
         if key in saved:
             self._translators[key].load_state_dict(saved[key])
 
@@ -109,18 +114,17 @@ class AmalgamationTask:
 
         Teachers weigh as `weights` says; those not in it do not count.
         """
-        features = student.feature_map(jitter.images(self.images[index]))
-        pooled = features.mean((2, 3))
-        total = features.new_zeros(())
+        features = Features.of(student.feature_map(jitter.images(self.images[index])))
+        total = features.map.new_zeros(())
         maps_part = pooled_part = soft_part = None
         if self._maps:
-            maps_part = self._map_hints(features, index, jitter, weights)
+            maps_part = self._map_hints(features.map, index, jitter, weights)
             total = total + self.config.hint_maps * maps_part
         if self._pooled:
-            pooled_part = self._pooled_hints(pooled, index, weights)
+            pooled_part = self._pooled_hints(features.pooled, index, weights)
             total = total + self.config.hint_pooled * pooled_part
-        if self.soft is not None:
-            soft_part = F.cross_entropy(student.head(pooled), self.soft[index])
+        if self.taught:
+            soft_part = self._soft_losses(student, features, index, jitter)
             total = total + self.config.soft_targets * soft_part
         return total, Losses(
             float(total.detach()), *map(_value, (maps_part, pooled_part, soft_part))
@@ -135,11 +139,24 @@ class AmalgamationTask:
         keys = (f"{kind} {name}" for name in teachers for kind in ("pooled", "maps"))
         return {key: self._translators[key] for key in keys if key in self._translators}
 
-    def _pooled_hints(self, pooled: Tensor, index: Tensor, weights: Mapping[str, float]) -> Tensor:
-        hints = [
-            weight * pooled_hint(self._translators[f"pooled {n}"], pooled, self._pooled[n][index])
-            for n, weight in weights.items()
+    def _soft_losses(
+        self, student: Student, features: Features, index: Tensor, jitter: Jitter
+    ) -> Tensor:
+        height, width = self.images.shape[1:3]
+        moved = Moved(jitter, height, width)
+        losses = [
+            self._shares[name]
+            * student.kind(name).soft_loss(student.head(name), features, taught.soft[index], moved)
+            for name, taught in self.taught.items()
         ]
+        return torch.stack(losses).sum()
+
+    def _pooled_hints(self, pooled: Tensor, index: Tensor, weights: Mapping[str, float]) -> Tensor:
+        hints = []
+        for name, weight in weights.items():
+            target = self._pooled[name][index].to(pooled.device)
+            translator = self._translators[f"pooled {name}"]
+            hints.append(weight * pooled_hint(translator, pooled, target))
         return torch.stack(hints).sum()
 
     def _map_hints(
@@ -155,29 +172,49 @@ class AmalgamationTask:
             weight
             * map_hint(
                 self._translators[f"maps {name}"],
-                features[rows],
-                moved.maps(self._maps[name][index[rows]].float(), height, width),
+                features[rows.to(features.device)],
+                moved.maps(self._maps[name][index[rows]].float(), height, width).to(
+                    features.device
+                ),
             )
             for name, weight in weights.items()
         ]
         return torch.stack(hints).sum()
 
 
-def _soft_targets(
-    data: TaskData,
+def joint_weights(
+    data: SeveralTasks, selected: Mapping[str, Mapping[str, float]]
+) -> dict[str, float]:
+    """w_i = sum_t v_t w_ti / sum_t v_t of every teacher that any task selected, by name."""
+    whole = sum(task.weight for task in data.tasks.values())
+    found: dict[str, float] = {}
+    for name, task in data.tasks.items():
+        for teacher, weight in selected[name].items():
+            found[teacher] = found.get(teacher, 0.0) + task.weight * weight / whole
+    return dict(sorted(found.items()))
+
+
+def _taught(
+    data: SeveralTasks,
+    name: str,
     answers: Mapping[str, TeacherAnswers],
     selected: Iterable[str],
     config: AggregationConfig,
-    head_config: HeadConfig,
+    head: HeadConfig,
     seed: int,
-) -> tuple[TaskHead, Tensor]:
-    """The task head, and the targets [transfer + probe, classes] that it and the labels give."""
-    probe = torch.cat([answers[name].pooled_probe for name in selected], dim=1)
-    transfer = torch.cat([answers[name].pooled_transfer for name in selected], dim=1)
-    classes = len(data.probe.classes)
-    head = fit_task_head(probe, data.probe.labels, classes, transfer, head_config.folds, seed)
-    labels = F.one_hot(torch.from_numpy(data.probe.labels), classes).float()
-    return head, torch.cat([head.probabilities(transfer, config.temperature), labels])
+) -> Taught:
+    """What a head on the features of one task's own teachers says about every image."""
+    task = data.tasks[name]
+    return task.kind.teach(
+        Teaching(
+            answers=[answers[teacher] for teacher in sorted(selected)],
+            own=data.rows(name),
+            labels=task.probe.labels,
+            classes=len(task.classes),
+            temperature=config.temperature,
+            fit=Fit(head.folds, seed),
+        )
+    )
 
 
 def _standard_pooled(answers: TeacherAnswers) -> Tensor:

@@ -133,12 +133,22 @@ class Answers:
     def predict(self, query: PredictQuery, _tensors: Tensors) -> Answer:
         images = self._images.get(query.block)
         student = self._students.active(query.task)
-        started = time.perf_counter()
-        logits = run_in_batches(student.session, images, "logits")
-        answered = _answered(started)
         card = student.card
+
+        def small(found: NDArray[np.float32], _where: slice) -> NDArray[np.float32]:
+            # A student may answer for every pixel: known from its first batch.
+            self._require_small(found[0].size * len(images), "f32")
+            return found
+
+        started = time.perf_counter()
+        logits = run_in_batches(student.session, images, "logits", reduce=small)
+        answered = _answered(started)
         return msgspec.structs.replace(
-            answered, student_version=card.version, classes=card.classes
+            answered,
+            student_version=card.version,
+            classes=card.classes,
+            task_kind=card.task_kind,
+            decision=card.decision,
         ), {"logits": logits.astype(np.float32)}
 
     def student_offer(self, offer: StudentOffer, tensors: Tensors) -> Answer:

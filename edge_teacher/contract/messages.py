@@ -163,7 +163,11 @@ class FeaturesQuery(Wire, frozen=True):
 
 
 class PredictQuery(Wire, frozen=True):
-    """Asks the active student of `task`. Answer: tensor `logits: f32[N, classes]`."""
+    """Asks the active student of `task`.
+
+    Answer: tensor `logits: f32[N, classes]`, of a dense task `[N, classes, H, W]` at the size the student
+    works at.
+    """
 
     task: str
     block: str
@@ -179,6 +183,10 @@ class Answered(Wire, frozen=True):
     """Spent on bringing the values into the dtype asked for. Since 1.1."""
     encode_error: float = 0.0
     """Root mean square of what the dtype lost, over that of the values. Since 1.1."""
+    task_kind: str = "single-label"
+    """Of a student's answer: what kind of task it answers. Since 1.2."""
+    decision: str = "top-1"
+    """Of a student's answer: how it is read off the logits, `top-1` or `each` (above 0). Since 1.2."""
 
 
 # ── students ─────────────────────────────────────────────────────────────────────────────────

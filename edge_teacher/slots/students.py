@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edge_teacher import bundle as bundles
 from edge_teacher.bundle import Bundle, StudentCard
+from edge_teacher.contract.decisions import decisions
 from edge_teacher.contract.errors import (
     CheckFailed,
     FedsaError,
@@ -279,21 +280,25 @@ class Students:
 def _canary(
     found: Bundle, card: StudentCard, dialect: str, session: Session
 ) -> tuple[float, float]:
-    """Share of canary images with the expected top-1 class, and milliseconds per image."""
+    """Share of decisions on the canary images that are as expected, and milliseconds per image."""
     if dialect not in card.canary_logits:
         raise CheckFailed(f"the student {card.task!r} has no canary logits for {dialect}")
     images = check_images(_array(found.file(card.canary_images)))
     expected = _array(found.file(card.canary_logits[dialect]))
-    wanted = (len(images), len(card.classes))
     started = time.perf_counter()
     logits = run_in_batches(session, images, "logits")
     elapsed_ms = (time.perf_counter() - started) * 1e3
-    if not logits.shape == expected.shape == wanted or not np.isfinite(logits).all():
+    if (
+        not logits.shape == expected.shape
+        or logits.shape[:2] != (len(images), len(card.classes))
+        or not np.isfinite(logits).all()
+    ):
         raise CheckFailed(
             f"the student {card.task!r} gives logits {list(logits.shape)} on its canary batch, "
-            f"not finite {list(wanted)} like its {len(card.classes)} classes"
+            f"not finite {list(expected.shape)} like its {len(card.classes)} classes"
         )
-    agreement = float((logits.argmax(1) == expected.argmax(1)).mean())
+    answers, right = (decisions(values, card.decision) for values in (logits, expected))
+    agreement = float((answers == right).mean())
     return agreement, elapsed_ms / len(images)
 
 

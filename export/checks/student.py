@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
+from edge_teacher.contract.decisions import decisions
 from edge_teacher.contract.errors import CheckFailed
+from export.checks.scoring import TOP_1, Scoring
 from export.graph import InputSpec
 from export.input_graph import IMAGES
 
@@ -23,6 +26,11 @@ Logits = NDArray[np.float32]
 PARITY_TOLERANCE = 1e-4
 CANARY_IMAGES = 8
 _CANARY_CANDIDATES = 96
+# Of one file's logits for the canary batch: those of a dense student would else outweigh the student.
+_CANARY_BYTES = 1 << 20
+# Of one file's logits while candidates are compared.
+_CANDIDATE_BYTES = 64 << 20
+_LEAST_CERTAIN = 0.5
 _BATCH = 64
 
 
@@ -44,7 +52,7 @@ class OnnxClassifier:
         self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def logits(self, images: Images) -> Logits:
-        """images [N, H, W, 3] -> [N, classes]."""
+        """images [N, H, W, 3] -> [N, classes], or [N, classes, h, w]."""
         batches = [images[i : i + _BATCH] for i in range(0, len(images), _BATCH)]
         return np.concatenate([self._session.run(None, {IMAGES: batch})[0] for batch in batches])
 
@@ -55,17 +63,18 @@ class Canary:
 
     Attributes:
         images: uint8[n, H, W, 3].
-        top1: int64[n], the class index that all files answer.
-        logits: for each file, float32[n, classes] as ONNX Runtime answered on the CPU.
-        tolerance: for each file, by how much a logit may differ on another device. Every image's
-            winning logit leads by more than twice this, so an answer within tolerance has the same
-            top-1.
+        answers: the decisions of the FP32 file: for a classifier int64[n], the class index.
+        logits: for each file, float32[n, classes, …] as ONNX Runtime answered on the CPU.
+        tolerance: for each file, by how much a logit may differ on another device.
+        certain: share of decisions on which all files agree and which no difference within tolerance
+            changes. Of a classifier all are.
     """
 
     images: Images
-    top1: NDArray[np.int64]
+    answers: NDArray[Any]
     logits: dict[str, Logits]
     tolerance: dict[str, float]
+    certain: float
 
 
 def check_parity(module: nn.Module, given: InputSpec, model: bytes) -> float:
@@ -106,12 +115,7 @@ def check_parity(module: nn.Module, given: InputSpec, model: bytes) -> float:
     return worst
 
 
-def accuracy(logits: Logits, labels: NDArray[np.int64]) -> float:
-    """The fraction of rows whose largest logit is at the label."""
-    return float((logits.argmax(1) == labels).mean())
-
-
-def choose_canary(models: dict[str, bytes], images: Images) -> Canary:
+def choose_canary(models: dict[str, bytes], images: Images, scoring: Scoring = TOP_1) -> Canary:
     """Of the first images, those on which all files agree most clearly; one per class if it can.
 
     The tolerance of a file is four times what changes between ONNX Runtime's fused kernels and the
@@ -119,34 +123,50 @@ def choose_canary(models: dict[str, bytes], images: Images) -> Canary:
     its logits.
 
     Raises:
-        CheckFailed: there is no image on which all files give the same answer with enough margin.
+        CheckFailed: there is no image on which all files give the same answer with enough margin; where
+            an image has many answers (pixels, labels), to half of them.
     """
-    images = images[:_CANARY_CANDIDATES]
+    one = OnnxClassifier(next(iter(models.values()))).logits(images[:1]).nbytes
+    images = images[: max(1, min(_CANARY_CANDIDATES, _CANDIDATE_BYTES // one))]
     logits = {name: OnnxClassifier(model).logits(images) for name, model in models.items()}
-    top1 = next(iter(logits.values())).argmax(1)
-    clear = np.ones(len(images), bool)
-    margin = np.full(len(images), np.inf)
+    reference = next(iter(logits.values()))
+    answers = decisions(reference, scoring.decision)
+    certain = np.ones(answers.shape, bool)
+    margin = np.full(answers.shape, np.inf)
     tolerance = {}
-    for name, answer in logits.items():
+    for name, found in logits.items():
         unfused = OnnxClassifier(models[name], fused=False).logits(images)
-        rounding = float(np.abs(answer - unfused).max())
-        tolerance[name] = max(4 * rounding, 0.02 * float(np.ptp(answer)))
-        ordered = np.sort(answer, axis=1)
-        lead = (ordered[:, -1] - ordered[:, -2]) / (2 * tolerance[name])
-        clear &= (answer.argmax(1) == top1) & (lead > 1)
+        rounding = float(np.abs(found - unfused).max())
+        tolerance[name] = max(4 * rounding, 0.02 * float(np.ptp(found)))
+        lead = _lead(found, scoring) / tolerance[name]
+        certain &= (decisions(found, scoring.decision) == answers) & (lead > 1)
         margin = np.minimum(margin, lead)
+    share = certain.reshape(len(images), -1).mean(1)
+    least = margin.reshape(len(images), -1).min(1)
+    clear = share >= (1 if answers.ndim == 1 else _LEAST_CERTAIN)
     if not clear.any():
         raise CheckFailed(
             f"on none of {len(images)} images do {', '.join(models)} clearly agree: quantisation "
             "destroyed this student; calibrate on more typical images or deploy the FP32 file"
         )
-    by_margin = [int(i) for i in np.argsort(-margin) if clear[i]]
-    first_of_class = list({int(top1[i]): i for i in reversed(by_margin)}.values())
+    by_margin = [int(i) for i in np.lexsort((-least, -share)) if clear[i]]
+    shown = reference.reshape(*reference.shape[:2], -1).mean(2).argmax(1)
+    first_of_class = list({int(shown[i]): i for i in reversed(by_margin)}.values())
     ranked = sorted(first_of_class, key=by_margin.index) + by_margin
-    chosen = np.array(list(dict.fromkeys(ranked))[:CANARY_IMAGES])
+    count = max(1, min(CANARY_IMAGES, _CANARY_BYTES // one))
+    chosen = np.array(list(dict.fromkeys(ranked))[:count])
     return Canary(
         images=images[chosen].copy(),
-        top1=top1[chosen],
-        logits={name: answer[chosen] for name, answer in logits.items()},
+        answers=answers[chosen],
+        logits={name: found[chosen] for name, found in logits.items()},
         tolerance=tolerance,
+        certain=float(share[chosen].mean()),
     )
+
+
+def _lead(logits: Logits, scoring: Scoring) -> NDArray[np.float32]:
+    """By how much every logit may differ before a decision, in the shape of the decisions, changes."""
+    if scoring.decision == "each":
+        return np.abs(logits)
+    ordered = np.sort(logits, axis=1)
+    return np.asarray((ordered[:, -1] - ordered[:, -2]) / 2)

@@ -126,3 +126,38 @@ def test_every_field_has_a_type_that_a_flag_can_give() -> None:
         default = field.default
         text = str(default).lower() if isinstance(default, bool) else str(default)
         assert msgspec.convert(text, field.type, strict=False) == default, key
+
+
+def test_tasks_are_tables_and_flags_go_over_them(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        '[data]\ntransfer = "u"\n[tasks.animals]\nprobe = "a"\n'
+        '[tasks."a.b"]\nkind = "dense"\nprobe = "b"\nweight = 2.5\n',
+    )
+    flags = {"tasks.animals.weight": "0.5", "tasks.new.probe": "c", "tasks.a.b.test": "t"}
+    found = load_config(file, flags, {})
+    assert list(found.tasks) == ["animals", "a.b", "new"]
+    assert found.tasks["animals"].weight == 0.5
+    assert (found.tasks["a.b"].kind, found.tasks["a.b"].test) == ("dense", "t")
+    assert load_config(write(tmp_path, config_toml(found)), environ={}) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[tasks]\nprobe = 'x'\n", r"has a section for each task: write it as \[tasks.NAME\]"),
+        ("[tasks.a]\nprobes = 'x'\n", r"tasks\.a\.probes .*a task has the keys kind, probe"),
+        ("[tasks.a]\nweight = 0\n", r"weight in .*: it must be float > 0"),
+        ("[data]\nprobe = 'x'\n[tasks.a]\nprobe = 'y'\n", "of a single task, and there are"),
+    ],
+)
+def test_tasks_that_are_none_are_said(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        load_config(write(tmp_path, text), environ={})
+
+
+def test_no_variable_sets_a_task() -> None:
+    with pytest.raises(UsageError, match=r"FEDSA_TASKS_A_PROBE .* with --tasks\.NAME\.key"):
+        load_config(None, environ={"FEDSA_TASKS_A_PROBE": "x"})
+    with pytest.raises(UsageError, match=r"tasks\.a\.k .*a task has the keys"):
+        load_config(None, {"tasks.a.k": "1"}, {})

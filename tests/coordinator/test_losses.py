@@ -11,6 +11,7 @@ import torch
 
 from coordinator.checkpoints import Run
 from coordinator.config import Config
+from coordinator.data import as_several
 from coordinator.training import train
 from edge_teacher.contract.errors import CheckFailed, UsageError
 from tests.coordinator.liars import SPOILT, Liar
@@ -113,7 +114,7 @@ def test_nobody_left(tmp_path: Path) -> None:
     fleet = {n: Liar(n, 1, "saliency", SPOILT["infinite"]) for n in ("x", "y")}
     with pytest.raises(CheckFailed, match=r"of 2 teachers 0 can be asked.*x \(.*y \("):
         train(QUICK, DATA, fleet, tmp_path)
-    assert Run.open(tmp_path, QUICK, DATA, {"x": "x", "y": "y"}).has("warm-up")
+    assert Run.open(tmp_path, QUICK, as_several(DATA), {"x": "x", "y": "y"}).has("warm-up")
 
 
 def test_more_than_there_are_is_refused_before_anything_is_trained(tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ def test_the_spec_normalises_its_images(student: Student) -> None:
 
 
 def test_a_channel_that_never_varies_does_not_divide_by_zero() -> None:
-    spec = StudentSpec.of_images(np.zeros((2, 8, 8, 3), np.uint8), ("a", "b"), 8)
-    assert torch.isfinite(Student(spec)(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))).all()
+    spec = StudentSpec.of_images(np.zeros((2, 16, 16, 3), np.uint8), ("a", "b"), 8)
+    assert torch.isfinite(Student(spec)(torch.zeros(2, 16, 16, 3, dtype=torch.uint8))).all()
 
 
 def test_grad_cam_is_the_closed_form_in_float64(student: Student) -> None:
@@ -52,7 +52,7 @@ def test_grad_cam_is_the_closed_form_in_float64(student: Student) -> None:
         features = exact.stages(normal)
         top = exact.classify(features).argmax(1)
         # For a global mean and a linear head, alpha is the top class's weight over the pixels.
-        weight = exact.head.weight[top][:, :, None, None] / features[0, 0].numel()
+        weight = exact.head().weight[top][:, :, None, None] / features[0, 0].numel()
         expected = scale_maps(F.relu((weight * features).sum(1)))
     assert found.shape == expected.shape
     assert np.abs(found - expected.numpy()).max() < 1e-4
@@ -83,7 +83,7 @@ def test_accuracy_counts_top_1(student: Student) -> None:
     guess = predict(student, IMAGES).argmax(1)
     assert accuracy(student, IMAGES, guess) == 1.0
     assert accuracy(student, IMAGES, (guess + 1) % 3) == 0.0
-    logits = student.head(pooled_features(student, IMAGES)).detach().numpy()
+    logits = student.head()(pooled_features(student, IMAGES)).detach().numpy()
     assert np.allclose(logits, predict(student, IMAGES), atol=1e-5)
 
 

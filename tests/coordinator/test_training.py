@@ -93,7 +93,7 @@ def test_the_order_is_the_methods(whole: tuple[TrainingResult, Watch, Path]) -> 
     result, watch, _ = whole
     named = [name for name, _ in watch.stages if name != "ask"]
     assert named == [
-        *("scratch", "warm-up", "saliency"),
+        *("scratch", "warm-up", "saliency", "features"),
         *("round 1", "round 2", "round 3", "round 4", "fine-tune"),
     ]
     assert [s.round for s in result.selections] == [0, 2]
@@ -123,14 +123,15 @@ def test_the_result_has_what_a_report_needs(whole: tuple[TrainingResult, Watch, 
     assert np.array_equal(predict(stored, images), predict(result.student, images))
 
 
-def test_only_the_selected_are_asked_for_features(tmp_path: Path) -> None:
+def test_only_the_selected_are_asked_about_the_transfer_images(tmp_path: Path) -> None:
     fleet = teachers()
     result = train(CONFIG, DATA, fleet, tmp_path)
     chosen = {name for s in result.selections for name in s.selection.weights}
     for name, teacher in fleet.items():
         assert teacher.asked["saliency"] == 24
-        # Once each: 24 probe and 60 transfer images, and their mirror images.
-        assert teacher.asked["pooled"] == (2 * 84 if name in chosen else 0)
+        # Of everybody the 24 probe images, for the selection; of the selected these and 60 transfer
+        # images, once each: and the mirror images of all.
+        assert teacher.asked["pooled"] == 2 * 24 + (2 * 84 if name in chosen else 0)
         assert teacher.asked["features"] == (60 if name in chosen else 0)
 
 
@@ -220,7 +221,7 @@ def test_a_finished_run_is_only_read(whole: tuple[TrainingResult, Watch, Path]) 
     result, _, folder = whole
     watch = Watch()
     again = train(CONFIG, DATA, teachers(), folder, watch)
-    assert [name for name, _ in watch.stages] == ["saliency"]
+    assert [name for name, _ in watch.stages] == ["saliency", "features"]
     assert all(torch.equal(states(result)[k], v) for k, v in states(again).items())
 
 

@@ -14,7 +14,7 @@ from coordinator.amalgamation.task import AmalgamationTask, Losses, State
 from coordinator.augmentation import Jitter
 from coordinator.checkpoints import Record, Run
 from coordinator.config import AggregationConfig, HeadConfig
-from coordinator.data import LabelledImages, TaskData
+from coordinator.data import SINGLE, LabelledImages, TaskData, as_several
 from coordinator.loop import Loop
 from coordinator.optimisation import OneCycle, stage_generator
 from coordinator.progress import Silent
@@ -42,7 +42,14 @@ def make_task(
     student = Student(StudentSpec.of_images(DATA.transfer, CLASSES, 8))
     config = msgspec.structs.replace(AggregationConfig(hint_maps=1.0), **changes)
     return AmalgamationTask(
-        student, DATA, ANSWERS, weights, saved or {}, config, HeadConfig(folds=2), seed=0
+        student,
+        as_several(DATA),
+        ANSWERS,
+        {SINGLE: weights},
+        saved or {},
+        config,
+        HeadConfig(folds=2),
+        seed=0,
     )
 
 
@@ -93,8 +100,7 @@ def test_teachers_weigh_as_selected() -> None:
 
 
 def test_probe_images_keep_their_labels_as_targets() -> None:
-    soft = make_task().soft
-    assert soft is not None
+    soft = make_task().taught[SINGLE].soft
     assert soft.shape == (48, 3)
     assert torch.equal(soft[36:].argmax(1), torch.from_numpy(DATA.probe.labels))
     assert (soft[36:].max(1).values == 1).all()
@@ -118,7 +124,7 @@ def test_a_round_repeats_and_its_rate_depends_on_its_place() -> None:
     run(later, place=plan(5))
     states = [t.student.state_dict() for t in (first, again, later)]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
-    assert not torch.equal(states[0]["head.weight"], states[2]["head.weight"])
+    assert not torch.equal(states[0]["heads.0.weight"], states[2]["heads.0.weight"])
 
 
 def test_fedavg_is_the_average_of_copies_that_each_heard_one_teacher() -> None:
@@ -156,9 +162,8 @@ def test_translators_go_on_from_their_saved_state() -> None:
     assert {n for n in again.nets() if n != "student"} == {"pooled items", "maps items"}
 
 
-def test_the_head_uses_all_selected_teachers() -> None:
-    head = make_task().head
-    assert head is not None
-    assert len(head.weight) == 12 + 20
-    assert np.isfinite(head.cv_accuracy)
-    assert make_task(soft_targets=0.0).head is None
+def test_the_soft_targets_come_of_all_selected_teachers_and_can_be_off() -> None:
+    both, one = make_task().taught[SINGLE], make_task({"items": 1.0}).taught[SINGLE]
+    assert np.isfinite(both.score)
+    assert not torch.equal(both.soft[:36], one.soft[:36])
+    assert make_task(soft_targets=0.0).taught == {}

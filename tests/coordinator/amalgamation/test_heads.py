@@ -26,7 +26,7 @@ def test_a_head_generalises_and_its_estimate_is_honest() -> None:
     head = fit(0.5)
     reached = (head.probabilities(x, 1.0).argmax(1).numpy() == y).mean()
     assert reached > 0.7
-    assert head.cv_accuracy == pytest.approx(reached, abs=0.12)
+    assert head.cv_score == pytest.approx(reached, abs=0.12)
 
 
 def test_noise_asks_for_a_stronger_penalty() -> None:
