@@ -277,6 +277,7 @@ def _tap(text: str) -> tuple[str, str]:
 def _student(options: argparse.Namespace) -> int:
     from coordinator.data import read_labelled, read_unlabelled
     from coordinator.packaging import next_version, package_student
+    from coordinator.report import metric_name
     from coordinator.student import load_student
     from edge_teacher.files import write_atomically
 
@@ -298,7 +299,7 @@ def _student(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"bundle": str(options.out), "report": plain(packaged.report)})
         return 0
-    table = Table("graph", "bytes", packaged.report.metric, "agrees with FP32")
+    table = Table("graph", "bytes", metric_name(packaged.report.metric), "agrees with FP32")
     for name, file in packaged.report.files.items():
         table.add_row(name, f"{file.bytes:,}", percent(file.accuracy), percent(file.agreement))
     stdout.print(table)
