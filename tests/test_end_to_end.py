@@ -96,9 +96,14 @@ def test_teachers_select_teach_and_get_the_student_back(
     for deployed in accuracy.deployed.values():
         assert deployed == pytest.approx(accuracy.fedsa_int8, abs=0.002)
 
-    # Only the selected were asked for features; everyone for saliency, and got the student.
+    # Everyone was asked for saliency and features of the probe images, and got the student; only the
+    # selected for features of the transfer images.
+    whole = (report.task.probe + report.task.transfer) / report.task.probe
+    asked = {device: methods["features"].sent for device, methods in report.bytes_on_wire.items()}
+    of_probe = next(asked[device] for device in ids - selected)
     for device, methods in report.bytes_on_wire.items():
-        assert ("features" in methods) == (device in selected)
+        times = whole if device in selected else 1
+        assert asked[device] == pytest.approx(times * of_probe, rel=0.05)
         assert methods["saliency"].received > 0
         assert methods["student.offer"].sent > 100_000
     assert {"export", "roll-out", "ask devices"} <= report.seconds.keys()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import numpy as np
@@ -19,15 +20,16 @@ import pytest
 import torch
 from torch import nn
 
-from coordinator.config import Config, DistributedConfig
-from coordinator.data import LabelledImages, TaskData, read_labelled
+from coordinator.config import Config, DistributedConfig, load_config
+from coordinator.data import LabelledImages, TaskData, as_several, read_labelled
 from coordinator.ranks import Ranks, joined
 from coordinator.report import read_report
 from coordinator.shared_teachers import shared
 from coordinator.student import accuracy, load_student, predict
-from coordinator.training import require_shares
+from coordinator.training import require_shares, train
 from edge_teacher.contract.errors import Busy, UsageError
 from tests.brokers import Mosquitto, free_port
+from tests.coordinator.liars import SPOILT, Liar
 from tests.coordinator.local_teacher import coloured_images, random_teacher
 from tests.coordinator.small_fleet import SmallFleet, small_fleet
 from tests.examples import ROOT
@@ -146,16 +148,21 @@ def _join(what: Callable[[Ranks], T], rank: int, port: int) -> T:
         return what(ranks)
 
 
-def ask_three_times(ranks: Ranks) -> list[object]:
+def ask_four_times(ranks: Ranks) -> list[object]:
     teacher = random_teacher("t", 1)
     (asked,) = shared({"t": teacher}, ranks).values()
     images = coloured_images(7, 3, seed=0)[0]
     answers: list[object] = [
         asked.saliency(images),
         asked.pooled(images, mirrored=True),
+        asked.attended(images, attention()),
         asked.features(images[:1]),  # fewer than there are processes
     ]
     return [*answers, dict(teacher.asked)]
+
+
+def attention() -> np.ndarray:
+    return np.random.default_rng(0).random((7, 4, 4)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -167,15 +174,19 @@ class Found:
     statistics: list[float]
     difference: str
     failure: str
+    lost: list[tuple[str, str]]
+    selections: list[dict[str, float]]
+    weights: list[float]
 
 
 def try_everything(ranks: Ranks) -> Found:
     return Found(
-        ask_three_times(ranks),
+        ask_four_times(ranks),
         ask_one_that_refuses(ranks),
         even_out(ranks),
         differ(ranks),
         first_fails(ranks),
+        *train_with_one_that_lies_to_one_process(ranks),
     )
 
 
@@ -187,11 +198,13 @@ def found() -> list[Found]:
 def test_a_shared_teacher_gives_all_processes_what_one_would_have_heard(found: list[Found]) -> None:
     images, alone = coloured_images(7, 3, seed=0)[0], random_teacher("t", 1)
     expected = [alone.saliency(images), alone.pooled(images, mirrored=True)]
+    expected.append(alone.attended(images, attention()))
     for rank, answers in enumerate(each.answers for each in found):
         for theirs, ours in zip(answers, [*expected, alone.features(images[:1])], strict=False):
             assert np.allclose(theirs, ours, atol=1e-6)  # type: ignore[call-overload]
         share = 4 if rank == 0 else 3
-        assert answers[-1] == {"saliency": share, "pooled": share, "features": 1 - rank}
+        asked = {"saliency": share, "pooled": share, "attended": share, "features": 1 - rank}
+        assert answers[-1] == asked
 
 
 class Refusing:
@@ -258,6 +271,37 @@ def test_what_fails_in_the_first_fails_in_all(found: list[Found]) -> None:
     assert [each.failure for each in found] == ["there is no run"] * 2
 
 
+def train_with_one_that_lies_to_one_process(
+    ranks: Ranks,
+) -> tuple[list[tuple[str, str]], list[dict[str, float]], list[float]]:
+    """(who was lost and when, the weights of every selection, some of the student's)."""
+    spoil = SPOILT["wrong shape"] if not ranks.first else lambda answer: answer
+    liar = Liar("c", 3, "pooled", spoil, after=4)  # honest about the probe images
+    fleet = {"a": random_teacher("a", 1), "b": random_teacher("b", 2), "c": liar}
+    data = TaskData(
+        LabelledImages(*coloured_images(24, 3, seed=0), ("a", "b", "c")),
+        coloured_images(40, 3, seed=1)[0],
+    )
+    settings = {"threads": "1", "batch": "16", "student.channels": "8", "selection.k": "3"}
+    rounds = {"aggregation.rounds": "1", "scratch.epochs": "0", "warmup.epochs": "1"}
+    config = load_config(None, settings | rounds | {"finetune.epochs": "1"}, {})
+    with TemporaryDirectory() as folder:
+        result = train(config, data, shared(fleet, ranks), Path(folder), ranks=ranks)
+    weights = torch.cat([value.flatten().float() for value in result.student.state_dict().values()])
+    return (
+        [(one.teacher, one.stage) for one in result.lost],
+        [dict(made.selection.weights) for made in result.selections],
+        weights.tolist(),
+    )
+
+
+def test_all_set_the_same_teacher_aside_and_learn_from_the_same_others(found: list[Found]) -> None:
+    for each in found:
+        assert each.lost == [("c", "features before round 1")]
+        assert each.selections == [{"a": 0.5, "b": 0.5}]
+    assert found[0].weights == pytest.approx(found[1].weights, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
@@ -280,9 +324,9 @@ def test_a_batch_that_cannot_be_shared_is_said() -> None:
         coloured_images(9, 3, seed=1)[0],
     )
     with pytest.raises(UsageError, match="choose a multiple of 3 from 6 on"):
-        require_shares(Config(), data, Ranks(0, 3))
+        require_shares(Config(), as_several(data), Ranks(0, 3))
     with pytest.raises(UsageError, match="the probe set has 12 images and 8 processes"):
-        require_shares(Config(), data, Ranks(0, 8))
+        require_shares(Config(), as_several(data), Ranks(0, 8))
 
 
 def test_a_gpu_that_is_not_there_is_said() -> None:
