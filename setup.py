@@ -32,7 +32,7 @@ ZSTD = ["zstandard>=0.22"]
 # Numbers of runs on a server of one's own, where MLFLOW_TRACKING_URI is set.
 MLFLOW = ["mlflow-skinny>=3.1"]
 # Peers that the transport is measured against.
-BENCHMARKS = ["grpcio>=1.60"]
+BENCHMARKS = ["grpcio>=1.60", "matplotlib>=3.8"]
 TEST = [
     "hypothesis>=6.100",
     "import-linter>=2.1",

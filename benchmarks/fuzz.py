@@ -2,16 +2,20 @@
 
 Throws damaged, lying and misplaced messages at a server and a client, half at each, and reports what they
 cost; ends with an error if an end stops working or its memory grows. With `--atheris N`, N inputs found by
-coverage (`pip install atheris`) go through the frame decoder and the reassembly of chunks.
+coverage (`pip install atheris`) go through the reading of a PUBLISH, the frame decoder, the reassembly of
+chunks, and everything a server and a client do with a message.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import random
+import struct
 import sys
 import time
+from typing import Any
 
 GROWTH_BYTES = 32 << 20
 
@@ -49,8 +53,20 @@ def guided(runs: int) -> None:
         from edge_teacher.contract.errors import RpcError
         from edge_teacher.contract.messages import Chunk, Control, FeaturesQuery, Problem
         from edge_teacher.rpc.chunks import Reassembly
+        from edge_teacher.rpc.paho_client import read_publish
+        from tests.edge_teacher.rpc.hostile import Target
+
+    target, count = Target(), 0
 
     def one(data: bytes) -> None:
+        nonlocal count
+        count += 1
+        if count % 10_000 == 0:
+            target.survived()
+        to_server, message = _message(atheris.FuzzedDataProvider(data), target)
+        target.hand(message, to_server=to_server)
+        with contextlib.suppress(ValueError, struct.error, IndexError):
+            read_publish(0x32, memoryview(data))
         for raw in (data, b"FSA1" + data):
             for kind in (FeaturesQuery, Problem, Control, Chunk):
                 try:
@@ -64,6 +80,43 @@ def guided(runs: int) -> None:
 
     atheris.Setup([sys.argv[0], f"-runs={runs}", "-max_len=512", "-verbosity=0"], one)
     atheris.Fuzz()
+
+
+def _message(source: Any, target: Any) -> tuple[bool, Any]:
+    """(whether it is for the server, a message of which chance decides all but the topic's beginning)."""
+    from edge_teacher.rpc.transport import Message
+    from tests.edge_teacher.rpc.hostile import COORDINATOR, DEVICE
+
+    def any_of(*known: Any) -> Any:
+        return source.PickValueInList(list(known))
+
+    to_server = source.ConsumeBool()
+    device = DEVICE if to_server else "silent"
+    answer_to = f"fedsa/v1/{COORDINATOR}/rsp/{device}"
+    if to_server:
+        topic = f"fedsa/v1/{DEVICE}/" + any_of("ctl", "req/echo", "put/echo", "req/change", "req/x")
+    else:
+        topic = any_of(answer_to, f"fedsa/v1/{COORDINATOR}/data/{device}")
+    user = {
+        "v": any_of("", "1.0", "1.1", source.ConsumeUnicodeNoSurrogates(6)),
+        "status": any_of("200", "206", "429", source.ConsumeUnicodeNoSurrogates(4)),
+        "accept": any_of("", "zstd"),
+        "ms": any_of("", "1", source.ConsumeUnicodeNoSurrogates(4)),
+    }
+    correlation = b"c" if to_server else target.open_question()
+    correlation = any_of(correlation, source.ConsumeBytes(3))
+    expiry_s = any_of(None, 0, 1, 60)
+    framed, rest = source.ConsumeBool(), source.ConsumeBytes(1 << 16)
+    # Chance alone seldom finds the length that the header has.
+    payload = b"FSA1" + struct.pack("<I", len(rest)) + rest + bytes(64) if framed else rest
+    return to_server, Message(
+        topic=topic,
+        payload=payload,
+        response_topic=any_of(answer_to, "", "#"),
+        correlation=correlation,
+        expiry_s=expiry_s,
+        user=user,
+    )
 
 
 def main() -> None:

@@ -17,10 +17,17 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from coordinator.config import BrokerConfig, Config, DistributedConfig, config_toml
+from coordinator.config import (
+    BrokerConfig,
+    Config,
+    DevicesConfig,
+    DistributedConfig,
+    config_toml,
+)
 from coordinator.data import TaskData
 from coordinator.files import load_tensors, save_tensors
 from coordinator.ranks import ALONE, Ranks
+from coordinator.roster import Lost
 from coordinator.selection import Selection
 from edge_teacher.contract.errors import UsageError
 
@@ -62,6 +69,8 @@ class Record(msgspec.Struct):
     selections: list[RoundSelection] = []
     accuracy: dict[str, float] = {}
     seconds: dict[str, float] = {}
+    lost: list[Lost] = []
+    """Teachers that were set aside, in the order in which they were."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,8 @@ class Run:
         """Begin a run in `folder`, or go on with the one that is there.
 
         Raises UsageError if the run there was started with other settings, data or teachers: going
-        on would mix two experiments. Only the first of several processes has the folder.
+        on would mix two experiments. A teacher that the run had set aside may be missing. Only the
+        first of several processes has the folder.
         """
         fresh = Record(_settings(config), fingerprint(data), dict(sorted(teachers.items())))
         for what in ("config", "data", "teachers"):
@@ -138,6 +148,8 @@ class Run:
             return cls(folder, fresh, {})
         run = _read(path)
         for what in ("config", "data", "teachers"):
+            if what == "teachers" and _same_but_for_the_lost(run.record, fresh):
+                continue
             if getattr(run.record, what) != getattr(fresh, what):
                 raise UsageError(
                     f"{folder} holds a run with other {what}{_difference(run.record, fresh, what)}; "
@@ -159,13 +171,19 @@ class Run:
             self.random[stage] = random
         self.midway = None
         self.nets.update(nets)
-        self._save()
+        self.save()
 
     def pause(self, midway: Midway, nets: Mapping[str, State]) -> None:
         """The stage goes on, and this is how far it is. On disk when this returns."""
         self.midway = midway
         self.nets.update(nets)
-        self._save()
+        self.save()
+
+    def begin_again(self, stage: str) -> None:
+        """A stage that is not finished starts from its first step, with the nets as they are."""
+        self.midway = None
+        self.record.losses.clear()
+        self.forget_parts(stage)
 
     def forget_parts(self, stage: str) -> None:
         """Drop what only the parts of a stage needed, which finishes next: copies and their random."""
@@ -191,7 +209,8 @@ class Run:
         self.record.seconds[what] = self.record.seconds.get(what, 0.0) + spent
         self._running[what] = now
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Put all of it on disk, as it is now."""
         if not self.written:
             return
         for what in self._running:
@@ -203,6 +222,18 @@ class Run:
             "random": self.random,
         }
         save_tensors(_path(self.folder), state)
+
+
+def begun(folder: Path) -> bool:
+    """Whether there is a run in `folder` that can be gone on with."""
+    return _path(folder).exists()
+
+
+def lost_in(folder: Path) -> set[str]:
+    """The teachers that the run in `folder` is going on without; none if there is no run."""
+    if not begun(folder):
+        return set()
+    return {one.teacher for one in _read(_path(folder)).record.lost if not one.back}
 
 
 def fingerprint(data: TaskData) -> str:
@@ -232,15 +263,23 @@ def _read(path: Path) -> Run:
 
 
 def _settings(config: Config) -> str:
-    """What decides the result: not the broker, the number of threads or how often it is saved."""
+    """What decides the result: not the broker, the threads, patience or how often it is saved."""
     neutral = msgspec.structs.replace(
         config,
         broker=BrokerConfig(),
+        devices=DevicesConfig(),
         distributed=DistributedConfig(),
         threads=0,
         checkpoint_s=0,
     )
     return config_toml(neutral)
+
+
+def _same_but_for_the_lost(there: Record, here: Record) -> bool:
+    away = {one.teacher for one in there.lost if not one.back}
+    return here.teachers.items() <= there.teachers.items() and (
+        there.teachers.keys() - here.teachers.keys() <= away
+    )
 
 
 def _difference(there: Record, here: Record, what: str) -> str:

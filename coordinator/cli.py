@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from coordinator.cache_commands import add_cache
 from coordinator.export_commands import add_export
 from coordinator.terminal import console as stderr
 from coordinator.terminal import percent, plain, print_json, printable, stdout
@@ -86,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     _broker_options(devices)
 
     add_export(commands, command)
+    add_cache(commands, command)
 
     deploy = command("deploy", _deploy, "install a student bundle on devices")
     deploy.add_argument("--bundle", type=Path, required=True)

@@ -45,6 +45,18 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     )
 
 
+class DevicesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How long devices are waited for, and how many may be lost."""
+
+    patience_s: Annotated[
+        float,
+        Meta(gt=0, le=86400, description="seconds that one answer may take; then it is set aside"),
+    ] = 120.0
+    least: Annotated[
+        int, Meta(ge=1, description="teachers without which the run ends; the others may be lost")
+    ] = 1
+
+
 class StudentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The network that is trained and deployed."""
 
@@ -86,9 +98,11 @@ class SelectionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which teachers take part, by where they and the student look."""
 
     strategy: Annotated[
-        Literal["top-k", "sampled", "random", "all"],
-        Meta(description="top-k, sampled (with replacement), random, or all"),
-    ] = "top-k"
+        Literal["evidence", "cosine", "sampled", "random", "all", "oracle"],
+        Meta(
+            description="evidence (of the labels), cosine or sampled (the paper's), random, all, oracle"
+        ),
+    ] = "evidence"
     k: Annotated[int, Meta(ge=1, description="how many teachers are chosen")] = 3
     every_rounds: Annotated[int, Meta(ge=1, description="select again after so many rounds")] = 7
 
@@ -163,6 +177,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         float, Meta(ge=0, description="seconds of training that a killed process loses at most")
     ] = 10.0
     broker: BrokerConfig = BrokerConfig()
+    devices: DevicesConfig = DevicesConfig()
     data: DataConfig = DataConfig()
     student: StudentConfig = StudentConfig()
     warmup: WarmupConfig = WarmupConfig()

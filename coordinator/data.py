@@ -44,6 +44,19 @@ class LabelledImages:
         return len(self.images)
 
 
+def spread(labelled: LabelledImages, most: int) -> LabelledImages:
+    """At most `most` of the images: as many of every class as there are, up to an equal share."""
+    if len(labelled) <= most:
+        return labelled
+    present, counts = np.unique(labelled.labels, return_counts=True)
+    share = most // len(present)
+    while np.minimum(counts, share + 1).sum() <= most:
+        share += 1
+    rows = [np.flatnonzero(labelled.labels == label)[: max(share, 1)] for label in present]
+    chosen = np.sort(np.concatenate(rows))
+    return LabelledImages(labelled.images[chosen], labelled.labels[chosen], labelled.classes)
+
+
 @dataclass(frozen=True)
 class TaskData:
     """The user's new task. All sets have images of one size, and `test` the classes of `probe`.

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
+from coordinator.answers import AnswerCache
 from coordinator.config import Config
 from coordinator.connection import Connection
 from coordinator.data import LabelledImages, TaskData
@@ -41,7 +43,7 @@ from coordinator.report import (
 from coordinator.rollout import predict, roll_out
 from coordinator.selection import Evidence, Selection, common_size, similarities
 from coordinator.shared_teachers import shared
-from coordinator.teachers import AnswerCache, RemoteTeacher, Teacher
+from coordinator.teachers import RemoteTeacher, Teacher
 from coordinator.tracking import UNTRACKED, Tracking
 from coordinator.training import TrainingResult, train
 from edge_teacher.contract.errors import CheckFailed
@@ -96,20 +98,26 @@ def train_along(
     devices: Sequence[Device],
 ) -> None:
     """What of `run_task` all processes but the first do: ask their share, and train."""
-    teachers = _teachers(connection, devices, cache, EncodingLedger(), ranks)
-    # Nothing is written there.
-    train(config, data, teachers, Path(os.devnull), ranks=ranks)
+    with AnswerCache(cache) as answers:
+        teachers = _teachers(connection, devices, config, answers, EncodingLedger(), ranks)
+        online = partial(_online, connection)
+        # Nothing is written there.
+        train(config, data, teachers, Path(os.devnull), online=online, ranks=ranks)
 
 
 def _teachers(
     connection: Connection,
     devices: Sequence[Device],
-    cache: Path,
+    config: Config,
+    cache: AnswerCache,
     ledger: EncodingLedger,
     ranks: Ranks,
 ) -> dict[str, Teacher]:
-    answers = AnswerCache(cache)
-    remote = {d.name: RemoteTeacher(connection.caller, d.card, answers, ledger) for d in devices}
+    patience_s = config.devices.patience_s
+    remote = {
+        d.name: RemoteTeacher(connection.caller, d.card, cache, ledger, patience_s=patience_s)
+        for d in devices
+    }
     return shared(remote, ranks)
 
 
@@ -128,8 +136,18 @@ def run_task(
     began = time.monotonic()
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     ledger = EncodingLedger()
-    teachers = _teachers(connection, devices, run.cache, ledger, run.ranks)
-    result = train(run.config, run.data, teachers, run.folder, progress, run.ranks, run.tracking)
+    with AnswerCache(run.cache, progress.say) as cache:
+        teachers = _teachers(connection, devices, run.config, cache, ledger, run.ranks)
+        result = train(
+            run.config,
+            run.data,
+            teachers,
+            run.folder,
+            progress,
+            partial(_online, connection),
+            run.ranks,
+            run.tracking,
+        )
     timings.seconds.update({stage: round(s, 2) for stage, s in result.seconds.items()})
 
     progress.begin("export", 1)
@@ -170,6 +188,7 @@ def run_task(
                 for device, methods in sorted(connection.caller.wire.items())
             },
             encodings=ledger.costs(),
+            lost=result.lost,
             seconds={**timings.seconds, TOTAL: round(total, 2)},
             config=msgspec.to_builtins(run.config),
             software={
@@ -177,7 +196,7 @@ def run_task(
                 **{name: importlib.metadata.version(name) for name in _SOFTWARE},
             },
         )
-        write_report(found, _pictures(run.data.probe, result), run.folder)
+        write_report(found, _pictures(result.looked_at, result), run.folder)
         return found
 
     # What was trained and exported is on record whatever the devices make of it.
@@ -185,6 +204,11 @@ def run_task(
     if not run.deploy:
         return trained
     return report(_deploy(run, connection, devices, packaged, progress, timings))
+
+
+def _online(connection: Connection) -> dict[str, str]:
+    """Name to identity of who is there now."""
+    return {device.name: device.card.bundle for device in connection.fleet.devices()}
 
 
 def some(images: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,18 +13,26 @@ from numpy.typing import NDArray
 
 from coordinator.encodings import Came, Encoding, EncodingLedger, choose
 from coordinator.uploads import upload
-from edge_teacher.contract import quantised
-from edge_teacher.contract.errors import Malformed, NotFound
+from edge_teacher.contract import frame, quantised
+from edge_teacher.contract.errors import Malformed, NotFound, TooLarge
 from edge_teacher.contract.frame import Payload
 from edge_teacher.contract.images import Images, blocks, check_images, image_block_id
-from edge_teacher.contract.messages import Answered, Card, PutImages, Received
+from edge_teacher.contract.messages import Answered, Card, Dtype, PutImages, Received
 from edge_teacher.rpc.invoke import Caller
 
 OUTSTANDING = 2
 """Questions on their way to one device: while it answers one, the next already waits there."""
 
+PATIENCE_S = 120.0
+"""How long one answer may take."""
+
+_ATTEMPTS = 4
+"""How often a block that is gone again is sent once more: others may ask the device, and need its store."""
+
 Query = Callable[[str], msgspec.Struct]
 """Block id -> the query about it."""
+
+Tensors = Mapping[str, frame.Array]
 
 
 @dataclass(frozen=True)
@@ -35,12 +43,12 @@ class _Asked:
     query: Query
     tensor: str
     encoding: Encoding
-    adaptive: bool
+    dtype: Dtype | None
     link_bytes_per_s: float | None
 
     def about(self, block_id: str) -> msgspec.Struct:
         query = self.query(block_id)
-        return msgspec.structs.replace(query, dtype=self.encoding.dtype) if self.adaptive else query
+        return query if self.dtype is None else msgspec.structs.replace(query, dtype=self.dtype)
 
 
 class Questions:
@@ -51,10 +59,10 @@ class Questions:
         caller: Caller,
         card: Card,
         *,
-        timeout_s: float = 120,
+        timeout_s: float = PATIENCE_S,
         ledger: EncodingLedger | None = None,
     ) -> None:
-        """`ledger` is told what each adaptive answer travelled as."""
+        """`ledger` is told what each answer with a `dtype` travelled as."""
         self.device = card.device
         self._card = card
         self._caller = caller
@@ -65,71 +73,103 @@ class Questions:
 
     def ask(
         self,
-        divided: Iterable[Images],
+        divided: Sequence[Images],
         method: str,
         query: Query,
         tensor: str,
         *,
-        adaptive: bool = False,
+        along: Sequence[Tensors] | None = None,
+        dtype: Dtype | None = None,
     ) -> Iterator[tuple[Answered, NDArray[np.float32]]]:
         """The answer to each of the blocks, in order. Raises what the device answered.
 
-        `adaptive`: the query's `dtype` is chosen by the speed of the link instead of by the query.
-        Packing loses nothing, and is chosen in any case.
+        `along`: for each of the blocks the tensors that its query needs; none by default.
+
+        `dtype`: what the values are to travel as; None: as the query says. Packing loses nothing, and
+        is chosen by the speed of the link.
         """
         speed = self._caller.traffic.speed(self.device)
         encoding = choose(self._card, speed)
-        asked = _Asked(method, query, tensor, encoding, adaptive, speed)
-        outstanding: dict[int, Images] = {}
+        if dtype is not None:
+            encoding = msgspec.structs.replace(encoding, dtype=dtype)
+        asked = _Asked(method, query, tensor, encoding, dtype, speed)
 
         def bodies() -> Iterator[msgspec.Struct]:
-            for number, block in enumerate(divided):
-                outstanding[number] = block
+            for block in divided:
                 yield self._body(block, asked)
 
         arriving = self._caller.answers(
             self.device,
             method,
             bodies(),
+            along,
             outstanding=OUTSTANDING,
             timeout_s=self._timeout_s,
             packed=encoding.packed,
         )
         with closing(arriving):  # an error, or nobody who wants the rest: the device is told
-            yield from self._in_order(arriving, outstanding, asked)
+            yield from self._in_order(arriving, divided, along, asked)
 
     def _in_order(
         self,
         arriving: Iterator[tuple[int, Future[Payload]]],
-        outstanding: dict[int, Images],
+        divided: Sequence[Images],
+        along: Sequence[Tensors] | None,
         asked: _Asked,
     ) -> Iterator[tuple[Answered, NDArray[np.float32]]]:
         # One that comes early waits for those before it; at most as many as are outstanding.
         early: dict[int, tuple[Answered, NDArray[np.float32]]] = {}
         due = 0
         for number, future in arriving:
-            block = outstanding.pop(number)
+            block = divided[number]
             try:
                 payload = future.result()
             except NotFound:
-                # Evicted, or the device has restarted: send the block again, once.
-                self._sent.discard(image_block_id(block))
-                body = self._body(block, asked)
-                payload = self._caller.submit(
-                    self.device,
-                    asked.method,
-                    body,
-                    timeout_s=self._timeout_s,
-                    packed=asked.encoding.packed,
-                ).result()
+                tensors = None if along is None else along[number]
+                payload = self._ask_again(block, asked, tensors)
             early[number] = self._answer(payload, block, asked)
             while due in early:
                 yield early.pop(due)
                 due += 1
 
-    def divide(self, images: Images) -> Iterator[Images]:
-        """`images` as the blocks this device takes."""
-        return blocks(check_images(images), self._limits.max_images_per_block)
+    def _ask_again(self, block: Images, asked: _Asked, tensors: Tensors | None) -> Payload:
+        """The device has evicted the block, or restarted, or it has not got something else.
+
+        Raises NotFound for something else, and for a block that it does not keep until it is asked about.
+        """
+        block_id = image_block_id(block)
+        for _ in range(_ATTEMPTS):
+            sent = self._put(block, block_id)
+            answer = self._caller.submit(
+                self.device,
+                asked.method,
+                asked.about(block_id),
+                tensors,
+                timeout_s=self._timeout_s,
+                packed=asked.encoding.packed,
+            )
+            try:
+                return answer.result()
+            except NotFound:
+                if not sent:  # it does hold the block
+                    raise
+        self._sent.discard(block_id)
+        raise NotFound(
+            f"{self.device} has evicted the image block {block_id} ({block.nbytes:,} bytes) "
+            f"{_ATTEMPTS + 1} times before it could answer {asked.method}: its store of "
+            f"{self._limits.image_store_bytes:,} bytes is too small for all who ask it; ask "
+            "about fewer images at once, or from fewer coordinators"
+        )
+
+    def dtype(self) -> Dtype | None:
+        """What answers should travel as, by the speed of the link; None before that is known."""
+        speed = self._caller.traffic.speed(self.device)
+        return None if speed is None else choose(self._card, speed).dtype
+
+    def divide(self, images: Images, most_images: int | None = None) -> list[Images]:
+        """`images` as the blocks this device takes, of at most `most_images` each."""
+        most = self._limits.max_images_per_block
+        return list(blocks(check_images(images), min(most, most_images or most)))
 
     def _body(self, block: Images, asked: _Asked) -> msgspec.Struct:
         block_id = image_block_id(block)
@@ -148,13 +188,24 @@ class Questions:
                 f"{self.device} answered {asked.method} about {len(block)} images with "
                 f"{asked.tensor} {list(values.shape)}"
             )
-        if self._ledger is not None and asked.adaptive:
+        if self._ledger is not None and asked.dtype is not None:
             came = Came(answered, len(payload), values.size)
             self._ledger.note(self.device, asked.encoding, came, asked.link_bytes_per_s)
         return answered, values
 
-    def _put(self, block: Images, block_id: str) -> None:
+    def _put(self, block: Images, block_id: str) -> bool:
+        """Have the device hold it; whether anything was missing. Raises TooLarge, and what it answers."""
+        most = min(self._limits.max_block_bytes, self._limits.image_store_bytes)
+        if block.nbytes > most:
+            raise TooLarge(
+                f"{self.device} cannot hold the image block {block_id}: it has {block.nbytes:,} bytes, "
+                f"and the device takes {most:,}; ask about fewer images at once"
+            )
+        pieces = 0
+
         def send(offset: int, piece: NDArray[np.uint8]) -> int:
+            nonlocal pieces
+            pieces += piece.size > 0
             received, _ = self._caller.call(
                 self.device,
                 "put_images",
@@ -167,3 +218,4 @@ class Questions:
 
         upload(block.reshape(-1), send, to=self.device)
         self._sent.add(block_id)
+        return pieces > 0

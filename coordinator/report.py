@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.encodings import EncodingCost
+from coordinator.roster import Lost
 from edge_teacher.contract.errors import UsageError
 from edge_teacher.files import write_atomically
 from export.student_report import StudentReport
@@ -111,6 +112,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         student: what its export measured; None where nothing was exported.
         bytes_on_wire: device id to method to traffic.
         encodings: device id to encoding (such as `u8+zstd`) to what it was used for and cost.
+        lost: teachers that were set aside, in the order in which they were.
         seconds: by stage, in the order in which they ran; `total` is the whole run.
         config: the configuration as it took effect, section to key to value.
         software: version by package.
@@ -129,6 +131,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     student: StudentReport | None = None
     bytes_on_wire: dict[str, dict[str, Traffic]] = {}
     encodings: dict[str, dict[str, EncodingCost]] = {}
+    lost: tuple[Lost, ...] = ()
     seconds: dict[str, float] = {}
     config: dict[str, Any] = {}
     software: dict[str, str] = {}

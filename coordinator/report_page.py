@@ -76,6 +76,7 @@ def render(report: Report, pictures: Pictures | None) -> str:
         curve_names=_NAMES,
         photographs=_photographs(report, pictures),
         legend=legend_uri(),
+        lost=lost_lines(report),
         numbered=pictures is not None and bool(pictures.similarities),
         methods=methods(report),
         totals={device: total(by_method) for device, by_method in report.bytes_on_wire.items()},
@@ -133,6 +134,22 @@ def accuracy_rows(report: Report) -> list[Row]:
         ),
     ]
     return [Row(name, note, found, kind) for name, note, found, kind in rows if found is not None]
+
+
+def lost_lines(report: Report) -> list[str]:
+    """For each teacher that was set aside: when, why, and what it cost."""
+    lines = []
+    for one in report.lost:
+        cost = [f"{duration(one.waited_s)} of waiting"] if one.waited_s >= 1 else []
+        if one.reselected:
+            cost.append("a new selection, for it had been selected")
+        line = f"{one.teacher}, at {one.stage}: {one.why.rstrip('.')}."
+        if cost:
+            line += f" It cost {' and '.join(cost)}."
+        if one.back:
+            line += f" It answered again at {one.back}."
+        lines.append(line)
+    return lines
 
 
 def score_bars(report: Report) -> dict[str, float]:

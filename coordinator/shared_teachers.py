@@ -13,7 +13,8 @@ from coordinator.ranks import Ranks
 from coordinator.teachers import Teacher
 from edge_teacher.contract.errors import FedsaError
 
-_Ask = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+_Ask = Callable[[slice], NDArray[np.float32]]
+"""The images of one process, of those that all ask about -> the teacher's answer."""
 
 
 def shared(teachers: Mapping[str, Teacher], ranks: Ranks) -> dict[str, Teacher]:
@@ -43,23 +44,40 @@ class SharedTeacher:
         return self._teacher.identity
 
     def saliency(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self._ask(images, self._teacher.saliency)
+        return self._ask(len(images), lambda mine: self._teacher.saliency(images[mine]))
 
-    def pooled(self, images: NDArray[np.uint8], *, mirrored: bool = False) -> NDArray[np.float32]:
-        return self._ask(images, lambda share: self._teacher.pooled(share, mirrored=mirrored))
+    def pooled(
+        self, images: NDArray[np.uint8], *, mirrored: bool = False, tap: str | None = None
+    ) -> NDArray[np.float32]:
+        return self._ask(
+            len(images),
+            lambda mine: self._teacher.pooled(images[mine], mirrored=mirrored, tap=tap),
+        )
+
+    def attended(
+        self,
+        images: NDArray[np.uint8],
+        attention: NDArray[np.float32],
+        *,
+        tap: str | None = None,
+    ) -> NDArray[np.float32]:
+        return self._ask(
+            len(images),
+            lambda mine: self._teacher.attended(images[mine], attention[mine], tap=tap),
+        )
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self._ask(images, self._teacher.features)
+        return self._ask(len(images), lambda mine: self._teacher.features(images[mine]))
 
-    def _ask(self, images: NDArray[np.uint8], ask: _Ask) -> NDArray[np.float32]:
+    def _ask(self, count: int, ask: _Ask) -> NDArray[np.float32]:
         """Raises, in every process, the error that the first of them met."""
         ranks = self._ranks
-        share = images[ranks.rank :: ranks.world]
+        mine_of_all = slice(ranks.rank, None, ranks.world)
         answer: NDArray[np.float32] | None = None
         error: FedsaError | None = None
         try:
-            if len(share):
-                answer = ask(share)
+            if ranks.rank < count:
+                answer = ask(mine_of_all)
         except FedsaError as met:
             error = met
         shape = None if answer is None else answer.shape[1:]
@@ -68,11 +86,11 @@ class SharedTeacher:
             if theirs is not None:
                 raise theirs
         (tail,) = {shape for _, shape in said if shape is not None} or {()}
-        rows = -(-len(images) // ranks.world)
+        rows = -(-count // ranks.world)
         mine = torch.zeros(rows, *tail)
         if answer is not None:
             mine[: len(answer)] = torch.from_numpy(answer)
-        whole = np.empty((len(images), *tail), np.float32)
+        whole = np.empty((count, *tail), np.float32)
         for rank, gathered in enumerate(ranks.gather_tensors(mine, self._group)):
             part = whole[rank :: ranks.world]
             part[:] = gathered[: len(part)].numpy()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.table import Table
 
 from coordinator.terminal import console as stderr
-from coordinator.terminal import percent, plain, print_json, stdout
+from coordinator.terminal import percent, plain, print_json, printable, stdout
 from edge_teacher.contract.errors import UsageError
 from edge_teacher.contract.topics import check_name
 from edge_teacher.keys import private_key_at
@@ -110,6 +110,8 @@ def finish(report: Any, folder: Path, options: argparse.Namespace) -> None:
     stdout.print(table)
     chosen = [f"{t.id} ({t.weight:.2f})" for t in report.teachers if t.selected]
     stdout.print(f"Selected of {len(report.teachers)} teachers: {', '.join(chosen)}")
+    for one in report.lost:
+        stdout.print(printable(f"Set aside: {one.teacher}, at {one.stage}: {one.why}"))
     stdout.print(f"{report.seconds['total']:.0f} s; report: {folder / 'report.html'}")
 
 
@@ -120,6 +122,8 @@ def _count(text: str) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from coordinator.checkpoints import begun as has_checkpoint
+    from coordinator.checkpoints import lost_in
     from coordinator.connection import connect
     from coordinator.data import read_configured_task
     from coordinator.files import locked
@@ -151,19 +155,23 @@ def _train(options: argparse.Namespace) -> int:
         connection = stack.enter_context(connect(address, name=name))
 
         def there() -> list[str]:
-            devices = connection.fleet.wait(options.teachers, names=begun.devices)
-            return [d.name for d in devices if not begun.devices or d.name in begun.devices]
+            # Who was lost may be gone for good: the run waits for the others.
+            wanted = [name for name in begun.devices if name not in lost_in(folder)]
+            devices = connection.fleet.wait(options.teachers, names=wanted)
+            found = [d.name for d in devices if not begun.devices or d.name in begun.devices]
+            if not has_checkpoint(folder):  # a run that is gone on with may have lost some
+                require_enough(config, len(found))
+            return found
 
         names = ranks.first_does(there)
         devices = [d for d in connection.fleet.wait(names=names) if d.name in names]
-        require_enough(config, len(devices))
         cache = options.runs / "answers"
         if not ranks.first:
             train_along(config, task, cache, ranks, connection, devices)
             return 0
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(folder))
-        keep(folder, begun, names)
+        keep(folder, begun, list(dict.fromkeys([*begun.devices, *names])))
         stderr.print(f"{len(devices)} teachers: {', '.join(names)}")
         stderr.print(f"This run is in {folder}; with --resume {folder.name} it goes on")
         tracking = stack.enter_context(tracked(folder, folder.name, config, stderr.print))

@@ -21,18 +21,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coordinator.amalgamation.aggregation import RoundPlan, run_round
-from coordinator.amalgamation.answers import TeacherAnswers, ask
 from coordinator.amalgamation.heads import fit_task_head
 from coordinator.amalgamation.task import AmalgamationTask, Losses
 from coordinator.checkpoints import CurvePoint, RoundSelection, Run
 from coordinator.config import Config, ScratchConfig, WarmupConfig
-from coordinator.data import TaskData
+from coordinator.consultation import Consultation
+from coordinator.data import LabelledImages, TaskData
 from coordinator.loop import Drawn, Lesson
 from coordinator.optimisation import OneCycle, steps_per_epoch
-from coordinator.parallel import in_parallel
 from coordinator.progress import Progress, Silent
 from coordinator.ranks import ALONE, Ranks
-from coordinator.selection import Evidence, select
+from coordinator.roster import Lost, Online, Roster
 from coordinator.stage import Stage
 from coordinator.student import (
     Student,
@@ -51,7 +50,7 @@ from edge_teacher.contract.errors import UsageError
 class TrainingResult:
     """What came out of a run.
 
-    student_maps [P, s, s] and teacher_maps {name: [P, S, S]} are of the probe images, the student's
+    student_maps [P, s, s] and teacher_maps {name: [P, S, S]} are of `looked_at`, the student's
     as it is at the end; accuracies are fractions of the test set, absent without one; seconds are
     by stage.
     """
@@ -59,11 +58,13 @@ class TrainingResult:
     student: Student
     scratch: Student | None
     selections: tuple[RoundSelection, ...]
+    looked_at: LabelledImages
     student_maps: NDArray[np.float32]
     teacher_maps: Mapping[str, NDArray[np.float32]]
     curve: tuple[CurvePoint, ...]
     accuracy: Mapping[str, float]
     seconds: Mapping[str, float]
+    lost: tuple[Lost, ...] = ()
 
 
 def train(
@@ -72,20 +73,22 @@ def train(
     teachers: Mapping[str, Teacher],
     folder: Path,
     progress: Progress | None = None,
+    online: Online | None = None,
     ranks: Ranks = ALONE,
     tracking: Tracking = UNTRACKED,
 ) -> TrainingResult:
     """Train a student for `data` from `teachers`, keeping state in `folder`.
 
     Writes `folder`/checkpoint.pt after every stage and every `config.checkpoint_s` seconds within
-    one, and `folder`/student.pt at the end. Raises
-    UsageError without teachers or if `folder` holds another run, CheckFailed for an answer that
-    makes no sense, and whatever a teacher raises. Of several processes, `ranks`, only the first writes;
-    `teachers` are then those that all of them ask together.
+    one, and `folder`/student.pt at the end. A teacher that does not answer, or not with what makes
+    sense, is set aside, and the run goes on with the others; `online` says who is there, so that one
+    that has come back is asked again at the next selection. Of several processes, `ranks`, only the
+    first writes; `teachers` are then those that all of them ask together. Raises UsageError without
+    teachers or if `folder` holds another run, and CheckFailed, naming everyone who was set aside,
+    when fewer than `devices.least` are left.
     """
     if not teachers:
         raise UsageError("There is no teacher to learn from; start at least one device.")
-    require_enough(config, len(teachers))
     progress = progress or Silent()
     require_shares(config, data, ranks)
     cores = max(1, len(os.sched_getaffinity(0)) // ranks.local_world)
@@ -94,6 +97,17 @@ def train(
     identities = {name: teacher.identity for name, teacher in teachers.items()}
     run = Run.open(folder, config, data, identities, ranks)
     tracking.begin(run.record.steps)
+    require_enough(config, len(run.record.teachers))
+    see = online or (lambda: identities)
+    roster = Roster(
+        teachers,
+        run.record.lost,
+        progress,
+        least=config.devices.least,
+        # The first process says for all who is there: they must set the same ones aside.
+        online=lambda: ranks.first_does(see),
+        keep=run.save,
+    )
     spec = StudentSpec.of_images(
         data.transfer,
         data.probe.classes,
@@ -114,27 +128,28 @@ def train(
     student = _new_student(spec, config.seed).to(device)
     _learn_labels(stage("warm-up"), "student", student, config.warmup)
 
-    teacher_maps = _saliency(stage("saliency"), teachers)
-    answers: dict[str, TeacherAnswers] = {}
+    consultation = Consultation(config, data, run, roster, progress, ranks, tracking)
+    consultation.open()
     task: AmalgamationTask | None = None
     for number in range(config.aggregation.rounds):
         round_stage = stage(f"round {number + 1}")
         if round_stage.resumed(student=student):
             continue
         if number % config.selection.every_rounds == 0 and not run.selected(number):
-            _select(stage("select"), number, student, teacher_maps)
+            consultation.select(number, student)
             task = None
         if task is None:
-            task = _task(stage("ask"), student, teachers, answers)
+            task = _task(round_stage, student, consultation, number)
         _aggregate(round_stage, number, task)
 
     if config.finetune.epochs:
         finetune = stage("fine-tune")
         if not finetune.resumed(student=student):
             if task is None:
-                task = _task(stage("ask"), student, teachers, answers)
+                task = _task(finetune, student, consultation, config.aggregation.rounds)
             _fine_tune(finetune, task)
 
+    roster.roll_call("end")
     student.eval()
     scratch.eval()
     if ranks.first:
@@ -147,11 +162,13 @@ def train(
         student=student,
         scratch=trained.get("scratch"),
         selections=tuple(run.record.selections),
-        student_maps=grad_cam(student, data.probe.images),
-        teacher_maps=teacher_maps,
+        looked_at=consultation.images,
+        student_maps=grad_cam(student, consultation.images.images),
+        teacher_maps=consultation.teacher_maps,
         curve=tuple(run.record.curve),
         accuracy=run.record.accuracy,
         seconds=run.record.seconds,
+        lost=tuple(run.record.lost),
     )
 
 
@@ -162,6 +179,11 @@ def require_enough(config: Config, teachers: int) -> None:
         raise UsageError(
             f"selection.k is {config.selection.k} and there {there}; "
             "start more of them or choose a smaller k."
+        )
+    if config.devices.least > teachers:
+        raise UsageError(
+            f"devices.least is {config.devices.least}, and {teachers} teachers are there; "
+            "start more of them or choose a smaller number."
         )
 
 
@@ -221,78 +243,21 @@ def _learn_labels(
     stage.finish(**{key: student})
 
 
-def _saliency(stage: Stage, teachers: Mapping[str, Teacher]) -> dict[str, NDArray[np.float32]]:
-    """Where every teacher looks on the probe images; asked once, for teachers do not change."""
-    names = sorted(teachers)
-    probe = stage.data.probe.images
-    stage.progress.begin(stage.name, len(teachers))
-    with stage.run.timed(stage.name):
-        answers = in_parallel(
-            [teachers[name] for name in names],
-            lambda teacher: teacher.saliency(probe),
-            stage.progress.advance,
-        )
-    stage.progress.end()
-    return dict(zip(names, answers, strict=True))
-
-
-def _select(
-    stage: Stage,
-    number: int,
-    student: Student,
-    teacher_maps: Mapping[str, NDArray[np.float32]],
-) -> None:
-    """Select for round `number` by where the student looks now."""
-    config = stage.config
-    with stage.run.timed(stage.name):
-        evidence = Evidence(grad_cam(student, stage.data.probe.images), teacher_maps)
-        rng = np.random.default_rng([config.seed, number])
-        # One decides for all: machines that round differently could choose different teachers.
-        selection = stage.ranks.first_does(
-            lambda: select(config.selection.strategy, evidence, config.selection.k, rng)
-        )
-    stage.run.record.selections.append(RoundSelection(number, selection))
-    weights = {f"selection/{name}": selection.weights.get(name, 0.0) for name in teacher_maps}
-    stage.tracking.write(stage.run.record.steps, weights)
-    shares = ", ".join(f"{name} ({weight:.2f})" for name, weight in selection.weights.items())
-    stage.progress.say(f"Selected before round {number + 1}: {shares}")
-
-
 def _task(
-    stage: Stage,
-    student: Student,
-    teachers: Mapping[str, Teacher],
-    answers: dict[str, TeacherAnswers],
+    stage: Stage, student: Student, consultation: Consultation, number: int
 ) -> AmalgamationTask:
-    """The task for the teachers selected last; `answers` keeps what was asked, for later rounds."""
-    config, data = stage.config, stage.data
-    weights = stage.run.record.selections[-1].selection.weights
-    missing = [name for name in weights if name not in answers]
-    stage.progress.begin(stage.name, len(missing))
-    with stage.run.timed(stage.name):
-        found = in_parallel(
-            [teachers[name] for name in missing],
-            lambda teacher: ask(
-                teacher,
-                data.probe.images,
-                data.transfer,
-                flips=config.aggregation.flips,
-                maps=config.aggregation.hint_maps > 0,
-            ),
-            stage.progress.advance,
-        )
-    answers.update(zip(missing, found, strict=True))
-    stage.progress.end()
+    """The task for the teachers selected last."""
+    weights = consultation.ask(number, student)
     with stage.run.timed("head"):
         task = AmalgamationTask(
             student,
-            data,
-            answers,
+            stage.data,
+            consultation.answers,
             weights,
             stage.run.nets,
-            config.aggregation,
-            config.head,
-            config.seed,
+            stage.config.aggregation,
+            stage.config.head,
+            stage.config.seed,
         )
     if task.head is not None:
         stage.progress.say(

@@ -75,7 +75,7 @@ def three_teachers(folder: Path) -> Path:
     """An examples folder: three teachers of different widths and input sizes, and the real data."""
     teachers = folder / "examples" / "teachers"
     key = private_key_at(teachers / "owner.key")
-    for name, width, size in (("a", 8, 32), ("b", 12, 24), ("c", 16, 40)):
+    for name, width, size in (("a", 8, 32), ("b", 14, 24), ("c", 16, 40)):
         manifest = write_manifest(folder / "sources", name, width=width, size=size)
         export_at(manifest, teachers / f"teacher-{name}.fedsa", key)
     (folder / "examples" / "data").symlink_to(ROOT / "examples" / "data")

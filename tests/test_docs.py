@@ -11,10 +11,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from coordinator.answers import AnswerCache, Question, image_keys
 from export.graph import coverage
+from tests.edge_teacher.nets import pictures
 from tests.examples import ROOT
 
 _BLOCK = re.compile(r"^```(sh(?: [a-z]+)?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -134,6 +137,15 @@ def coverage_table() -> str:
         rules.setdefault(module, []).append(operator)
     rows = [f"| {module} | {', '.join(operators)} |" for module, operators in rules.items()]
     return "\n".join(["| rules in | operators |", "|---|---|", *rows]) + "\n"
+
+
+def test_looking_at_what_is_remembered_and_forgetting_it(shell: Shell) -> None:
+    asked = Question(bundle="ab" * 32, method="saliency", query="{}", image_size=(8, 8))
+    with AnswerCache(shell.folder / "runs" / "answers") as cache:
+        cache.remember(asked, "d1", image_keys(pictures(3)), np.ones((3, 4, 4), np.float16))
+    for kind, commands in blocks(ROOT / "docs" / "answers.md"):
+        shell.run(kind, commands)
+    assert "d1" in (shell.folder / "0.log").read_text()
 
 
 @pytest.mark.timeout(600)

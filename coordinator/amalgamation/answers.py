@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coordinator.amalgamation.hints import signed_root, unit_scale_maps
+from coordinator.answers.checks import check_answer
 from coordinator.teachers import Teacher
 from edge_teacher.contract.errors import CheckFailed
 
@@ -42,40 +43,38 @@ def ask(
     queries, and features with less in them that does not matter. Raises CheckFailed if an answer
     has the wrong shape or is not finite.
     """
-    return TeacherAnswers(
-        _pooled(teacher, probe, flips),
-        _pooled(teacher, transfer, flips),
-        _maps(teacher, transfer) if maps else None,
-    )
+    pooled = _pooled(teacher, probe, flips), _pooled(teacher, transfer, flips)
+    _require_same_width(teacher, *pooled)
+    return TeacherAnswers(*pooled, _maps(teacher, transfer) if maps else None)
 
 
 def _pooled(teacher: Teacher, images: NDArray[np.uint8], flips: bool) -> Tensor:
-    answer = _checked(teacher, teacher.pooled(images), len(images), 2, "pooled features")
-    pooled = torch.from_numpy(answer)
+    return signed_root(torch.from_numpy(ask_pooled(teacher, images, flips=flips)))
+
+
+def ask_pooled(teacher: Teacher, images: NDArray[np.uint8], *, flips: bool) -> NDArray[np.float32]:
+    """The pooled features of images uint8[N, H, W, 3], float32[N, C], as `ask` has them asked for."""
+    what = "pooled features"
+    pooled = check_answer(teacher.name, teacher.pooled(images), len(images), 2, what)
     if flips:
         mirrored = teacher.pooled(images, mirrored=True)
-        other = _checked(teacher, mirrored, len(images), 2, "pooled features")
-        pooled = (pooled + torch.from_numpy(other)) / 2
-    return signed_root(pooled)
+        other = check_answer(teacher.name, mirrored, len(images), 2, what)
+        _require_same_width(teacher, pooled, other)
+        pooled = ((pooled + other) / 2).astype(np.float32)
+    return pooled
 
 
 def _maps(teacher: Teacher, images: NDArray[np.uint8]) -> Tensor:
-    answer = _checked(teacher, teacher.features(images), len(images), 4, "feature maps")
+    answer = check_answer(teacher.name, teacher.features(images), len(images), 4, "feature maps")
     # Scaled before it is halved: no teacher's values can then leave float16's range.
     return unit_scale_maps(torch.from_numpy(answer)).half()
 
 
-def _checked(
-    teacher: Teacher, answer: NDArray[np.float32], images: int, dimensions: int, what: str
-) -> NDArray[np.float32]:
-    if answer.ndim != dimensions or len(answer) != images or 0 in answer.shape:
+def _require_same_width(
+    teacher: Teacher, one: NDArray[np.float32] | Tensor, other: NDArray[np.float32] | Tensor
+) -> None:
+    if one.shape[1] != other.shape[1]:
         raise CheckFailed(
-            f"{teacher.name} answered {images} images with {what} of shape {list(answer.shape)}; "
-            f"it must have {dimensions} dimensions, the first of {images}."
+            f"{teacher.name} answered with {one.shape[1]} pooled features for some images and "
+            f"{other.shape[1]} for others."
         )
-    if not np.isfinite(answer).all():
-        raise CheckFailed(
-            f"{teacher.name} answered with {what} that are not finite; "
-            "export the teacher again, or leave it out."
-        )
-    return answer.astype(np.float32)

@@ -78,10 +78,10 @@ class Answers:
             "saliency": Method(SaliencyQuery, self.saliency),
             "features": Method(FeaturesQuery, self.features),
             "predict": Method(PredictQuery, self.predict),
-            "student.offer": Method(StudentOffer, self.student_offer),
+            "student.offer": Method(StudentOffer, self.student_offer, changes=True),
             "student.status": Method(StudentCommand, self.student_status),
-            "student.activate": Method(StudentCommand, self.student_activate),
-            "student.rollback": Method(StudentCommand, self.student_rollback),
+            "student.activate": Method(StudentCommand, self.student_activate, changes=True),
+            "student.rollback": Method(StudentCommand, self.student_rollback, changes=True),
         }
 
     def describe(self, _request: Empty, _tensors: Tensors) -> Answer:

@@ -162,8 +162,12 @@ def _default(field: msgspec.structs.FieldInfo) -> str:
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+    """With columns that stand below each other, for who reads the source; the last is as long as it is."""
+    body = [head, *rows]
+    widths = [max(3, *map(len, column)) for column in zip(*body, strict=True)][:-1]
+    lines = [body[0], tuple("-" * width for width in (*widths, 3)), *body[1:]]
+    padded = ([*map(str.ljust, cells, widths), cells[-1]] for cells in lines)
+    return "\n".join("| " + " | ".join(cells).rstrip() + " |" for cells in padded) + "\n"
 
 
 def main(arguments: list[str]) -> int:

@@ -13,6 +13,9 @@ from edge_teacher.contract import frame
 from edge_teacher.contract.limits import Limits
 from edge_teacher.rpc.fair_queue import Key
 
+_MOST_COMMANDS = 4096
+"""Outcomes of commands that are kept whatever else needs memory; about a kilobyte each."""
+
 _MOST_GONE = 8192
 """Requests of which only the key is remembered; some 200 bytes each."""
 
@@ -28,6 +31,9 @@ class Answered:
     on_its_way_until: float = 0.0
     """Held in any case until then: its chunks are still to be sent. 0: it has arrived, or fits a message."""
     used: float = 0.0
+    status: int = 200
+    of_a_command: bool = False
+    """Computed again, it would change something again: never evicted for the memory of others."""
 
 
 class AnswerCache:
@@ -38,8 +44,11 @@ class AnswerCache:
         self._held: OrderedDict[Key, Answered] = OrderedDict()
         """The least recently used first."""
         self._on_their_way: dict[Key, Answered] = {}
+        self._commands: OrderedDict[Key, Answered] = OrderedDict()
+        """The oldest first."""
         self._gone: OrderedDict[Key, float] = OrderedDict()
         self._bytes = 0
+        self._command_bytes = 0
         self._changed = threading.Condition()
 
     @property
@@ -85,6 +94,11 @@ class AnswerCache:
             self._held[key] = answer
             if answer.on_its_way_until:
                 self._on_their_way[key] = answer
+            elif answer.of_a_command:
+                self._commands[key] = answer
+                self._command_bytes += size
+                if len(self._commands) > _MOST_COMMANDS:  # from now on the oldest is like any other
+                    self._no_command(next(iter(self._commands)))
             self._bytes += size
             self._evict()
             return True
@@ -127,14 +141,18 @@ class AnswerCache:
         return itertools.takewhile(lambda item: wanted(item[1]), self._held.items())
 
     def _evict(self) -> None:
-        """What is on its way counts apart: a large answer must not displace what others may ask again."""
-        over = self._bytes - self._bytes_on_their_way() - self._limits.answer_cache_bytes
+        """What is on its way, and what commands came to, counts apart.
+
+        A large answer must not displace what others may ask again, and nothing a command's outcome.
+        """
+        apart = self._bytes_on_their_way() + self._command_bytes
+        over = self._bytes - apart - self._limits.answer_cache_bytes
         if over <= 0:
             return
         for key in list(self._held)[:-1]:  # the newest may be asked for again at once
             if over <= 0:
                 return
-            if key not in self._on_their_way:
+            if key not in self._on_their_way and key not in self._commands:
                 over -= self._held[key].payload.nbytes
                 self._drop(key)
 
@@ -143,7 +161,13 @@ class AnswerCache:
 
     def _drop(self, key: Key) -> None:
         self._on_their_way.pop(key, None)
+        self._no_command(key)
         answer = self._held.pop(key, None)
         if answer is not None:
             self._bytes -= answer.payload.nbytes
             self._changed.notify_all()
+
+    def _no_command(self, key: Key) -> None:
+        command = self._commands.pop(key, None)
+        if command is not None:
+            self._command_bytes -= command.payload.nbytes

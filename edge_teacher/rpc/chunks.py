@@ -16,6 +16,9 @@ from edge_teacher.contract.messages import Chunk
 WINDOW = 2
 """Chunks sent before the first credit arrives, and the most that one message can grant."""
 
+MOST_RANGES = 16
+"""Missing pieces that are asked for at once."""
+
 
 def ranges(total_bytes: int) -> Iterator[tuple[int, int]]:
     """(offset, length) of every chunk of a frame."""

@@ -30,6 +30,8 @@ class Job:
     """On the same clock."""
     minor: int = 0
     """Of the asker's protocol."""
+    begun: bool = False
+    """It may have had an effect."""
     withdrawn: bool = False
     """Cancelled while it was being computed."""
 

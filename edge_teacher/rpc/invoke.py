@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import queue
 import random
 import secrets
 import threading
@@ -14,6 +13,7 @@ from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
+from itertools import repeat
 from typing import TypeVar
 
 import msgspec
@@ -30,6 +30,9 @@ from edge_teacher.contract.frame import Payload
 from edge_teacher.contract.limits import BULK_ABOVE_BYTES, MIB
 from edge_teacher.contract.messages import Control, Problem
 from edge_teacher.contract.versions import BULK_SINCE, minor_of
+from edge_teacher.rpc.arrivals import arrivals
+from edge_teacher.rpc.chunks import MOST_RANGES
+from edge_teacher.rpc.detour import Detour
 from edge_teacher.rpc.intake import Intake, Memory
 from edge_teacher.rpc.pending import Pending, backoff
 from edge_teacher.rpc.traffic import Traffic, WireBytes
@@ -96,6 +99,7 @@ class Caller:
         self._closed = threading.Event()
         transport.subscribe(topics.responses(name), self._on_response)
         self._bulk.subscribe(topics.all_data(name), self._on_response)
+        self._detour = Detour(transport, self._bulk, topics.all_data(name), self._on_response)
         self._watch = threading.Thread(target=self._watch_deadlines, name="rpc-watch", daemon=True)
         self._watch.start()
         for connection in {id(t): t for t in (transport, self._bulk)}.values():
@@ -185,34 +189,23 @@ class Caller:
         device: str,
         method: str,
         bodies: Iterable[msgspec.Struct],
+        along: Iterable[Tensors] | None = None,
         *,
         outstanding: int = 2,
         timeout_s: float = 60,
         packed: bool = False,
     ) -> Generator[tuple[int, Future[Payload]], None, None]:
-        """(number of the question, its finished future), as the answers come.
+        """(number of the question, its finished future), as the answers come; see `arrivals`.
 
-        A body is taken from `bodies` only when it is about to be sent. Closing the iterator cancels
-        what is still outstanding.
+        From `along` come the tensors that go with each body.
         """
-        done: queue.SimpleQueue[tuple[int, Future[Payload]]] = queue.SimpleQueue()
-        waiting: set[Future[Payload]] = set()
-        numbered = enumerate(bodies)
-        try:
-            while True:
-                while len(waiting) < outstanding and (item := next(numbered, None)) is not None:
-                    number, body = item
-                    future = self.submit(device, method, body, timeout_s=timeout_s, packed=packed)
-                    waiting.add(future)
-                    future.add_done_callback(lambda f, n=number: done.put((n, f)))  # type: ignore[misc]
-                if not waiting:
-                    return
-                number, future = done.get()
-                waiting.discard(future)
-                yield number, future
-        finally:
-            for future in waiting:
-                self.cancel(future)
+        nothing: Iterable[Tensors] = repeat({})
+        return arrivals(
+            lambda asked: self.submit(device, method, *asked, timeout_s=timeout_s, packed=packed),
+            self.cancel,
+            zip(bodies, nothing if along is None else along, strict=along is not None),
+            outstanding=outstanding,
+        )
 
     def cancel(self, future: Future[Payload]) -> None:
         """Nobody waits for it any more, and the device is told. One already answered is left alone."""
@@ -399,11 +392,16 @@ class Caller:
                 if device not in (None, pending.device):
                     continue
                 if pending.sent and not pending.waits_for_memory and pending.busy is None:
-                    pending.tries = 0
+                    pending.tries, pending.ask_soon = 0, True
                     pending.next_try = now + random.uniform(0, self._tick_s)
 
     def _watch_deadlines(self) -> None:
         while not self._closed.wait(self._tick_s):
+            try:
+                if self._detour.follow():
+                    self._ask_again()
+            except Exception:
+                log.exception("data could not be led around the bulk connection")
             now = time.monotonic()
             with self._lock:
                 waiting = list(self._pending.values())
@@ -430,11 +428,12 @@ class Caller:
         # dropped the answer, does not know the ranges any more.
         ranges = pending.tries % 2 == 0
         pending.tries += 1
+        pending.ask_soon = False
         pending.next_try = time.monotonic() + backoff(self._retry_s, pending.tries // 2)
         pending.busy = None
         try:
             parts = pending.parts
-            if ranges and parts is not None and (missing := parts.missing[:16]):
+            if ranges and parts is not None and (missing := parts.missing[:MOST_RANGES]):
                 pending.allow_again()
                 self._control(pending, pending.control("resend", ranges=missing))
             else:

@@ -29,9 +29,13 @@ class MemoryBroker:
 
     def connect(self, will: Message | None = None) -> MemoryTransport:
         client = MemoryTransport(self, will)
+        self.take(client)
+        return client
+
+    def take(self, client: MemoryTransport) -> None:
+        """From now on it is delivered what it subscribes to."""
         with self._lock:
             self._clients.append(client)
-        return client
 
     def route(self, message: Message) -> None:
         with self._lock:
@@ -64,10 +68,13 @@ class MemoryTransport:
         self._thread = threading.Thread(target=self._run, name="memory-transport", daemon=True)
         self._thread.start()
 
-    def subscribe(self, topic_filter: str, handler: Handler) -> None:
+    def subscribe(self, topic_filter: str, handler: Handler, *, wait: bool = True) -> None:
         self._handlers.append((topic_filter, handler))
         for message in self._broker.retained(topic_filter):
             self._inbox.put((handler, message))
+
+    def unsubscribe(self, topic_filter: str) -> None:
+        self._handlers = [(f, h) for f, h in self._handlers if f != topic_filter]
 
     def on_connect(self, action: Callable[[], None]) -> None:
         action()

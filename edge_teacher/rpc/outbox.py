@@ -7,14 +7,14 @@ one more, so that neither a slow link nor a flood of control messages makes memo
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from edge_teacher.contract.limits import CHUNK_BYTES
 from edge_teacher.rpc import chunks
 from edge_teacher.rpc.answer_cache import Answered
-from edge_teacher.rpc.chunks import WINDOW
+from edge_teacher.rpc.chunks import MOST_RANGES, WINDOW
 from edge_teacher.rpc.fair_queue import Key
 from edge_teacher.rpc.transport import Transport
 
@@ -27,11 +27,22 @@ class _Transfer:
     next: int = 0
     granted: int = 0
     """Chunks before this one may be sent."""
-    again: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    again: deque[int] = field(default_factory=deque)
+    """Asked for once more."""
+    granted_again: int = 0
+    """So many of those may be sent."""
+
+    def grant(self, credits: int) -> None:
+        """First for what is missing: chunks beyond it can wait, and would be all that comes."""
+        again = min(credits, len(self.again) - self.granted_again)
+        self.granted_again += again
+        end = chunks.count(self.answer.payload.nbytes)
+        self.granted = min(end, self.granted + credits - again)
 
     def take(self) -> int | None:
-        if self.again:
-            return self.again.popitem(last=False)[0]
+        if self.granted_again:
+            self.granted_again -= 1
+            return self.again.popleft()
         if self.next < self.granted:
             self.next += 1
             return self.next - 1
@@ -48,6 +59,10 @@ class Outbox:
         self._lock = threading.Lock()
         transport.on_room(self._send)
 
+    def __len__(self) -> int:
+        """Answers that are on their way."""
+        return len(self._transfers)
+
     def begin(self, key: Key, answer: Answered) -> None:
         """From the first chunk, also when it had been sent before: the receiver has asked anew."""
         with self._lock:
@@ -60,12 +75,14 @@ class Outbox:
             transfer = self._transfers.get(key)
             if transfer is None:
                 return
-            end = chunks.count(transfer.answer.payload.nbytes)
-            transfer.granted = min(end, transfer.granted + max(0, min(credits, WINDOW)))
+            transfer.grant(max(0, min(credits, WINDOW)))
         self._send()
 
     def resend(self, key: Key, answer: Answered, ranges: tuple[tuple[int, int], ...]) -> None:
-        """Some of the chunks again; the next credit goes on behind them, for what lies before has arrived."""
+        """Some of the chunks again, two at once and the others for credits.
+
+        Further credits go on behind them, for what lies before has arrived.
+        """
         with self._lock:
             transfer = self._transfers.setdefault(key, _Transfer(answer))
             total = answer.payload.nbytes
@@ -76,10 +93,10 @@ class Outbox:
                 and offset % CHUNK_BYTES == 0
                 and length == min(CHUNK_BYTES, total - offset)
             ]
-            for index in known[:WINDOW]:
-                transfer.again[index] = None
-                transfer.next = max(transfer.next, index + 1)
-                transfer.granted = max(transfer.granted, transfer.next)
+            transfer.again = deque(dict.fromkeys(known[:MOST_RANGES]))
+            transfer.granted_again = min(WINDOW, len(transfer.again))
+            transfer.next = max(transfer.next, *(index + 1 for index in transfer.again), 0)
+            transfer.granted = max(transfer.granted, transfer.next)
         self._send()
 
     def end(self, key: Key) -> None:

@@ -7,6 +7,7 @@ import logging
 import random
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -23,12 +24,15 @@ from edge_teacher.contract.limits import CHUNK_BYTES, KIB, MAX_PACKET_BYTES, UPL
 from edge_teacher.rpc.address import BrokerAddress
 from edge_teacher.rpc.paho_client import FastClient, PackedProperties
 from edge_teacher.rpc.socket_buffers import SocketBuffers
+from edge_teacher.rpc.takeover import HUNG_UP, SESSION_TAKEN_OVER, Takeovers
 from edge_teacher.rpc.transport import Handler, Message, deliver, matches
 
 log = logging.getLogger(__name__)
 
 _RECEIVE_MAXIMUM = 64
-_SENT_UNACKNOWLEDGED = 20  # what mosquitto takes; paho cannot change it once it is connected
+_SENT_UNACKNOWLEDGED = 20
+"""What mosquitto takes; a broker that says less is sent less."""
+_LONGEST_RECONNECT_S = 15
 _MOST_CHUNKS_UNACKNOWLEDGED = 10
 _LARGEST_PACKET = UPLOAD_BYTES + 16 * KIB
 """An upload's piece, or an answer that is not cut yet, and what stands around it."""
@@ -78,6 +82,9 @@ class PahoTransport:
     ) -> None:
         """Connects, or raises Unreachable with the reason. `bulk`: it carries the large messages."""
         self._address = address
+        self._client_id = client_id
+        self._takeovers = Takeovers()
+        self._connected_at = 0.0
         self._buffers = SocketBuffers() if bulk else None
         self._unacknowledged: deque[MQTTMessageInfo] = deque()
         self._room_actions: list[Callable[[], None]] = []
@@ -104,8 +111,7 @@ class PahoTransport:
         self._client.on_publish = self._on_publish
         self._client.on_socket_open = self._on_socket_open
         self._client.max_inflight_messages_set(_SENT_UNACKNOWLEDGED)
-        # Not all devices of a fleet in the same moment after the broker is back.
-        self._client.reconnect_delay_set(random.uniform(0.2, 0.5), 15)  # type: ignore[arg-type]
+        self._come_back_soon()
         if (context := address.ssl_context()) is not None:
             self._client.tls_set_context(context)
         if will is not None:
@@ -135,10 +141,15 @@ class PahoTransport:
             self._client.loop_stop()
             raise Unreachable(f"the broker at {address} did not accept {client_id!r}: {reason}")
 
-    def subscribe(self, topic_filter: str, handler: Handler) -> None:
+    def subscribe(self, topic_filter: str, handler: Handler, *, wait: bool = True) -> None:
         with self._lock:
             self._handlers.append((topic_filter, handler))
-        self._subscribe(topic_filter, wait_s=10)
+        self._subscribe(topic_filter, wait_s=10 if wait else 0)
+
+    def unsubscribe(self, topic_filter: str) -> None:
+        with self._lock:
+            self._handlers = [(f, h) for f, h in self._handlers if f != topic_filter]
+            self._client.unsubscribe(topic_filter)  # without a connection there is nothing to end
 
     def still_there(self) -> None:
         """Ask the broker for something, and wait. Raises Unreachable if it has ever ended this connection."""
@@ -162,6 +173,11 @@ class PahoTransport:
     @property
     def connected(self) -> bool:
         return self._connected.is_set()
+
+    @property
+    def unreadable(self) -> int:
+        """Messages refused because a text of theirs is not UTF-8."""
+        return self._client.unreadable
 
     @property
     def room(self) -> bool:
@@ -225,12 +241,16 @@ class PahoTransport:
             self._answered.set()
             log.warning("no connection to the broker at %s: %s", self._address, refusal)
             return
-        unacknowledged = getattr(said, "ReceiveMaximum", _RECEIVE_MAXIMUM)
+        self._connected_at = time.monotonic()
+        self._come_back_soon()
+        unacknowledged = min(_SENT_UNACKNOWLEDGED, getattr(said, "ReceiveMaximum", 65535))
         self._most_unacknowledged = max(1, min(_MOST_CHUNKS_UNACKNOWLEDGED, unacknowledged - 1))
         with self._lock:
             filters = [topic_filter for topic_filter, _ in self._handlers]
         for topic_filter in filters:
             self._subscribe(topic_filter)
+        # Behind the subscriptions: what is sent again may be answered at once.
+        self._client.resend_within(unacknowledged)
         with self._lock:
             # Together: an action added meanwhile is run here or by who adds it, never by both.
             self._connected.set()
@@ -246,6 +266,7 @@ class PahoTransport:
 
     def _on_disconnect(self, _c: Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
         self._client.may_write_directly = False
+        established = self._connected.is_set()
         self._connected.clear()
         self._lost = True
         with self._lock:
@@ -258,8 +279,40 @@ class PahoTransport:
             self._refusal = self._refusal or f"it hung up ({reason})"
             self._answered.set()
             return
-        if reason.is_failure:
+        lasted_s = time.monotonic() - self._connected_at
+        if reason.value == SESSION_TAKEN_OVER:
+            wait_s = self._takeovers.told(lasted_s)
+            self._stay_away(wait_s)
+            log.warning(
+                "another client has connected to the broker at %s with the id %r, which ended this one's "
+                "session: give each client a name of its own; trying again in %.1f s",
+                self._address,
+                self._client_id,
+                wait_s,
+            )
+        elif (
+            established
+            and reason.value == HUNG_UP
+            and (suspect_s := self._takeovers.suspected(lasted_s)) is not None
+        ):
+            self._stay_away(suspect_s)
+            log.warning(
+                "the broker at %s ends every connection of the client %r soon after it begins: has "
+                "another client the same id? trying again in %.1f s",
+                self._address,
+                self._client_id,
+                suspect_s,
+            )
+        elif reason.is_failure:
             log.warning("lost the broker at %s: %s; reconnecting", self._address, reason)
+
+    def _come_back_soon(self) -> None:
+        # Not all devices of a fleet in the same moment after the broker is back.
+        first_s: Any = random.uniform(0.2, 0.5)  # paho says int, and takes it
+        self._client.reconnect_delay_set(first_s, _LONGEST_RECONNECT_S)
+
+    def _stay_away(self, wait_s: Any) -> None:
+        self._client.reconnect_delay_set(wait_s, max(_LONGEST_RECONNECT_S, wait_s))
 
     def _on_subscribe(
         self, _c: Client, _u: Any, identifier: int, reasons: list[ReasonCode], _p: Any

@@ -13,16 +13,19 @@ fit, and `tests/edge_teacher/rpc/test_paho_client.py` fails where they are not c
 from __future__ import annotations
 
 import contextlib
+import logging
 import struct
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-from paho.mqtt.client import Client
+from paho.mqtt.client import Client, mqtt_ms_publish, mqtt_ms_queued
 from paho.mqtt.enums import MQTTErrorCode
 
 from edge_teacher.rpc.transport import Message
+
+log = logging.getLogger(__name__)
 
 _RECEIVE_BYTES = 64 * 1024
 """Read at once: a larger buffer is taken from the kernel and given back at every call."""
@@ -92,8 +95,23 @@ class FastClient(Client):
         super().__init__(*arguments, **more)
         self._received = received
         self._writing = threading.Lock()
+        self.unreadable = 0
+        """Messages refused because a text of theirs is not UTF-8."""
         self.may_write_directly = False
         """Between CONNACK and the end of a connection without TLS, whose sockets take one thread at a time."""
+
+    def resend_within(self, most: int) -> None:
+        """After CONNACK: no more than `most` unacknowledged, whatever waits from before the connection.
+
+        paho sends all of it again at once, and takes no new bound while it is connected; a broker ends
+        the connection for more than its Receive Maximum (MQTT 5.0, section 4.9).
+        """
+        with self._out_message_mutex:
+            self._max_inflight_messages = most
+            for message in self._out_messages.values():
+                if message.state == mqtt_ms_publish:
+                    message.state = mqtt_ms_queued
+            self._update_inflight()
 
     def _create_socket(self) -> Any:
         return _Buffered(super()._create_socket())
@@ -153,20 +171,34 @@ class FastClient(Client):
         first = self._in_packet["command"]
         try:
             message, identifier = read_publish(first, memoryview(self._in_packet["packet"]))
+        except NotUtf8 as error:
+            # Acknowledged, or the broker would keep it, and a place of the Receive Maximum, for ever.
+            self.unreadable += 1
+            log.warning("refused a message, the %d. of its kind: %s", self.unreadable, error)
+            return self._acknowledge(error.identifier)
         except (ValueError, struct.error, IndexError):
             return MQTTErrorCode.MQTT_ERR_PROTOCOL
         with self._in_callback_mutex:
             self._received(message)
-        if message.qos == 1:
-            return self._send_puback(identifier)
-        return MQTTErrorCode.MQTT_ERR_SUCCESS
+        return self._acknowledge(identifier)
+
+    def _acknowledge(self, identifier: int) -> MQTTErrorCode:
+        return self._send_puback(identifier) if identifier else MQTTErrorCode.MQTT_ERR_SUCCESS
+
+
+class NotUtf8(ValueError):
+    """A text of a PUBLISH is not UTF-8: the message is refused, and the connection is whole."""
+
+    def __init__(self, identifier: int, error: UnicodeDecodeError) -> None:
+        super().__init__(f"one of its texts is not UTF-8: {error}")
+        self.identifier = identifier
 
 
 def read_publish(first: int, packet: memoryview) -> tuple[Message, int]:
     """A PUBLISH without its fixed header -> (message, packet identifier).
 
-    Raises ValueError, struct.error or IndexError for what is none; also for QoS 2, which this client
-    never subscribes with.
+    Raises NotUtf8 for one with such a text, and ValueError, struct.error or IndexError for what is none;
+    also for QoS 2, which this client never subscribes with.
     """
     qos = first >> 1 & 3
     if qos > 1:
@@ -182,14 +214,14 @@ def read_publish(first: int, packet: memoryview) -> tuple[Message, int]:
         raise ValueError("the properties are longer than the packet")
     expiry: int | None = None
     texts: dict[int, bytes] = {}
-    user: dict[str, str] = {}
+    user: list[tuple[memoryview, memoryview]] = []
     while at < end:
         kind = packet[at]
         at += 1
         if kind == _USER:
             key, at = _take_text(packet, at)
             value, at = _take_text(packet, at)
-            user[str(key, "utf-8")] = str(value, "utf-8")
+            user.append((key, value))
         elif kind in _TEXT:
             text, at = _take_text(packet, at)
             texts[kind] = bytes(text)
@@ -204,17 +236,20 @@ def read_publish(first: int, packet: memoryview) -> tuple[Message, int]:
             at += size
     if at != end:
         raise ValueError("a property is longer than all of them")
-    message = Message(
-        topic=str(topic, "utf-8"),
-        # What is large stays where it was received; a small one does not hold on to its packet.
-        payload=packet[end:] if len(packet) - end > _RECEIVE_BYTES else bytes(packet[end:]),
-        qos=qos,
-        retain=bool(first & 1),
-        response_topic=texts.get(_RESPONSE_TOPIC, b"").decode(),
-        correlation=texts.get(_CORRELATION, b""),
-        expiry_s=expiry,
-        user=user,
-    )
+    try:
+        message = Message(
+            topic=str(topic, "utf-8"),
+            # What is large stays where it was received; a small one does not hold on to its packet.
+            payload=packet[end:] if len(packet) - end > _RECEIVE_BYTES else bytes(packet[end:]),
+            qos=qos,
+            retain=bool(first & 1),
+            response_topic=texts.get(_RESPONSE_TOPIC, b"").decode(),
+            correlation=texts.get(_CORRELATION, b""),
+            expiry_s=expiry,
+            user={str(key, "utf-8"): str(value, "utf-8") for key, value in user},
+        )
+    except UnicodeDecodeError as error:
+        raise NotUtf8(identifier, error) from error
     return message, identifier
 
 

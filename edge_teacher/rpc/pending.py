@@ -45,6 +45,8 @@ class Pending:
     next_try: float = float("inf")
     tries: int = 0
     """In vain, since the last sign of the device."""
+    ask_soon: bool = False
+    """A connection was lost, and perhaps a message with it: what still comes does not put it off."""
     busy: Busy | None = None
     """What the device said last, if it was that."""
     parts: Reassembly | None = None
@@ -89,4 +91,5 @@ class Pending:
 
     def heard(self, retry_s: float) -> None:
         self.tries = 0
-        self.next_try = time.monotonic() + backoff(retry_s, 0)
+        if not self.ask_soon:
+            self.next_try = time.monotonic() + backoff(retry_s, 0)

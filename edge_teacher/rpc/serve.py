@@ -56,6 +56,9 @@ class Method(Generic[Request]):
 
     request: type[Request]
     answer: Callable[[Request, Tensors], Answer]
+    changes: bool = False
+    """A command: its outcome, which must be small, is remembered whatever else needs the memory, also if it
+    failed."""
 
 
 @dataclass
@@ -242,11 +245,11 @@ class Server:
         try:
             done = self._answer(job)
         except RpcError as error:
-            self._refuse(job.key, error)
+            self._failed(job, error)
         except Exception as error:
             # A worker outlives every request; the asker learns what happened.
             log.exception("%s failed", job.method)
-            self._refuse(job.key, RuntimeFailed(f"{job.method} failed on {self._device}: {error}"))
+            self._failed(job, RuntimeFailed(f"{job.method} failed on {self._device}: {error}"))
         else:
             if (
                 done is not None
@@ -259,6 +262,7 @@ class Server:
             raise _late(job)
         method = self._methods[job.method]
         request, tensors = frame.decode(job.message.payload, method.request)
+        job.begun = True
         body, answer_tensors = method.answer(request, tensors)
         packed = job.message.user.get("accept") == "zstd" and packing.available()
         payload = frame.encode_parts(body, answer_tensors, packed=packed)
@@ -284,17 +288,34 @@ class Server:
     def _as_sent(self, job: Job, payload: frame.Encoded) -> Answered:
         if payload.nbytes <= CHUNK_ABOVE_BYTES:
             joined = payload.join()
-            return Answered(frame.Encoded((joined,), len(joined)), minor=job.minor)
+            small = frame.Encoded((joined,), len(joined))
+            command = self._methods[job.method].changes
+            return Answered(small, minor=job.minor, of_a_command=command)
         # A deadline is the asker's word: nobody pins memory for longer than any answer is remembered.
         latest = time.monotonic() + self._limits.answer_cache_s
         until = latest if job.deadline is None else min(job.deadline, latest)
         return Answered(payload, payload.sha256(), job.minor, until)
 
+    def _failed(self, job: Job, error: RpcError) -> None:
+        """That a command has failed is what it came to, and no refusal."""
+        if job.begun and self._methods[job.method].changes and not isinstance(error, Busy):
+            raw = frame.encode(_problem(error))
+            outcome = Answered(
+                frame.Encoded((raw,), len(raw)),
+                minor=job.minor,
+                status=error.code,
+                of_a_command=True,
+            )
+            self._answers.put(job.key, outcome, wait_until=0.0)
+        self._refuse(job.key, error)
+
     def _refuse(self, key: Key, error: RpcError) -> None:
         """A refusal is not remembered: the same request may be welcome a moment later."""
         with self._lock:
             job = self._known.pop(key, None)
-        if job is None or not job.withdrawn:
+        if job is not None and job.withdrawn:
+            self._answers.finish(key)
+        else:
             self._say(key, error)
 
     def _say(self, key: Key, error: RpcError) -> None:
@@ -302,8 +323,8 @@ class Server:
             self.counters.failed += 1
         else:
             self.counters.refused += 1
-        problem = Problem(code=error.code, message=str(error), retry_after_s=error.retry_after_s)
-        self._publish(self._transport, key.respond_to, key, error.code, frame.encode(problem))
+        payload = frame.encode(_problem(error))
+        self._publish(self._transport, key.respond_to, key, error.code, payload)
 
     def _send(self, key: Key, done: Answered, *, job: Job | None = None) -> None:
         """`job`: it has just been computed; None: it is asked for again."""
@@ -316,7 +337,9 @@ class Server:
         # What the asker has to take off before it knows how long the wire took.
         spent = {} if job is None else {"ms": f"{(time.monotonic() - job.arrived) * 1e3:.3f}"}
         payload = done.payload.join()
-        self._publish(self._transport, key.respond_to, key, 200, payload, qos=qos, user=spent)
+        self._publish(
+            self._transport, key.respond_to, key, done.status, payload, qos=qos, user=spent
+        )
 
     def _publish_chunk(self, key: Key, answer: Answered, chunk: bytes) -> None:
         asker = topics.parse(key.respond_to)
@@ -345,6 +368,10 @@ class Server:
                 user={"status": str(status), "v": PROTOCOL, "src": self._device, **user},
             )
         )
+
+
+def _problem(error: RpcError) -> Problem:
+    return Problem(code=error.code, message=str(error), retry_after_s=error.retry_after_s)
 
 
 def _late(job: Job) -> Expired:

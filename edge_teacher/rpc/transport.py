@@ -34,8 +34,15 @@ class Transport(Protocol):
     worker, or the keepalive starves and the broker hangs up.
     """
 
-    def subscribe(self, topic_filter: str, handler: Handler) -> None:
-        """Once the broker has granted it; again by itself after every reconnect."""
+    def subscribe(self, topic_filter: str, handler: Handler, *, wait: bool = True) -> None:
+        """Once the broker has granted it; again by itself after every reconnect.
+
+        Without `wait` it returns at once: what is published afterwards comes behind it.
+        """
+        ...
+
+    def unsubscribe(self, topic_filter: str) -> None:
+        """Hear nothing more by this filter, now and after a reconnect; returns at once."""
         ...
 
     def on_connect(self, action: Callable[[], None]) -> None:

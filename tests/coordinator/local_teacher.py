@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from coordinator.student import scale_maps
+from coordinator.teachers import as_sent
+from edge_teacher.agent.pooling import attention_pool
 
 
 class LocalTeacher:
@@ -21,7 +23,7 @@ class LocalTeacher:
         self.identity = name
         self.stages = stages.eval()
         self.head = head
-        self.asked = {"saliency": 0, "pooled": 0, "features": 0}
+        self.asked = {"saliency": 0, "pooled": 0, "attended": 0, "features": 0}
 
     def saliency(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         features = self._features(images, "saliency")
@@ -29,16 +31,31 @@ class LocalTeacher:
         maps = torch.relu((self.head.weight[top][:, :, None, None] * features).sum(1))
         return scale_maps(maps).detach().numpy()
 
-    def pooled(self, images: NDArray[np.uint8], *, mirrored: bool = False) -> NDArray[np.float32]:
+    def pooled(
+        self, images: NDArray[np.uint8], *, mirrored: bool = False, tap: str | None = None
+    ) -> NDArray[np.float32]:
         if mirrored:
             images = np.ascontiguousarray(images[:, :, ::-1])
-        return self._features(images, "pooled").mean((2, 3)).numpy()
+        return self._features(images, "pooled", tap).mean((2, 3)).numpy()
+
+    def attended(
+        self,
+        images: NDArray[np.uint8],
+        attention: NDArray[np.float32],
+        *,
+        tap: str | None = None,
+    ) -> NDArray[np.float32]:
+        sent = as_sent(attention, len(images)).astype(np.float32)
+        return attention_pool(self._features(images, "attended", tap).numpy(), sent)
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         return self._features(images, "features").numpy()
 
     @torch.no_grad()
-    def _features(self, images: NDArray[np.uint8], method: str) -> torch.Tensor:
+    def _features(
+        self, images: NDArray[np.uint8], method: str, tap: str | None = None
+    ) -> torch.Tensor:
+        assert tap in (None, "last"), f"there is only one tap, and it is not {tap}"
         self.asked[method] += len(images)
         x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
         return self.stages(x)

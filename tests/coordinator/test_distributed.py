@@ -34,6 +34,8 @@ from tests.examples import ROOT
 
 T = TypeVar("T")
 
+ATTENTION = np.random.default_rng(0).random((7, 4, 4)).astype(np.float32)
+
 LONG = ("--aggregation.rounds", "400")
 
 
@@ -153,6 +155,7 @@ def ask_three_times(ranks: Ranks) -> list[object]:
     answers: list[object] = [
         asked.saliency(images),
         asked.pooled(images, mirrored=True),
+        asked.attended(images, ATTENTION),
         asked.features(images[:1]),  # fewer than there are processes
     ]
     return [*answers, dict(teacher.asked)]
@@ -186,12 +189,18 @@ def found() -> list[Found]:
 
 def test_a_shared_teacher_gives_all_processes_what_one_would_have_heard(found: list[Found]) -> None:
     images, alone = coloured_images(7, 3, seed=0)[0], random_teacher("t", 1)
-    expected = [alone.saliency(images), alone.pooled(images, mirrored=True)]
+    expected = [
+        alone.saliency(images),
+        alone.pooled(images, mirrored=True),
+        alone.attended(images, ATTENTION),
+    ]
     for rank, answers in enumerate(each.answers for each in found):
         for theirs, ours in zip(answers, [*expected, alone.features(images[:1])], strict=False):
             assert np.allclose(theirs, ours, atol=1e-6)  # type: ignore[call-overload]
         share = 4 if rank == 0 else 3
-        assert answers[-1] == {"saliency": share, "pooled": share, "features": 1 - rank}
+        assert answers[-1] == {
+            **{"saliency": share, "pooled": share, "attended": share, "features": 1 - rank}
+        }
 
 
 class Refusing:

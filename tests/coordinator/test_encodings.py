@@ -6,8 +6,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from coordinator.answers import AnswerCache
 from coordinator.encodings import Encoding, EncodingLedger, choose
-from coordinator.teachers import AnswerCache, RemoteTeacher
+from coordinator.teachers import RemoteTeacher
 from edge_teacher.rpc.traffic import Traffic
 from tests.coordinator.fleet_of_agents import world
 from tests.edge_teacher.nets import pictures, teacher_answers

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from coordinator.questions import Questions
-from edge_teacher.contract.errors import Busy, Malformed, NotFound
+from edge_teacher.contract.errors import Busy, Malformed, NotFound, TooLarge
+from edge_teacher.contract.images import image_block_id
 from edge_teacher.contract.limits import UPLOAD_BYTES, Limits
 from edge_teacher.contract.messages import (
     Answered,
@@ -22,6 +23,7 @@ from tests.coordinator.fleet_of_agents import World, world
 from tests.edge_teacher.nets import pictures, teacher_answers
 
 IMAGES = pictures(10)
+BLOCK = image_block_id(IMAGES)
 
 
 def saliency(questions: Questions, images: np.ndarray) -> np.ndarray:
@@ -61,6 +63,18 @@ def test_an_evicted_block_is_sent_again(tmp_path: Path) -> None:
         questions = Questions(here.caller, here.add("d1"))
         for _ in range(2):
             assert np.allclose(saliency(questions, IMAGES), teacher_answers(IMAGES)[1], atol=1e-6)
+
+
+def test_a_block_that_does_not_fit_the_store_is_refused_by_its_name_and_not_sent(
+    tmp_path: Path,
+) -> None:
+    with world(tmp_path, limits=Limits(image_store_bytes=IMAGES.nbytes - 1)) as here:
+        questions = Questions(here.caller, here.add("d1"))
+        with pytest.raises(
+            TooLarge, match=f"d1 cannot hold the image block {BLOCK}.*{IMAGES.nbytes:,}"
+        ):
+            saliency(questions, IMAGES)
+        assert here.asked() == []
 
 
 def test_a_restarted_device_is_sent_everything_again(tmp_path: Path) -> None:
@@ -127,6 +141,62 @@ class Liar:
 
     def saliency(self, _query: SaliencyQuery, _tensors: Tensors) -> Answer:
         return Answered(compute_ms=0), {"saliency": np.zeros((self.rows, 2, 2), np.float32)}
+
+
+class Forgetful(Liar):
+    """A device whose store others fill: it has lost the block when it is asked about it."""
+
+    def __init__(self, here: World, times: int) -> None:
+        self.forgets = times
+        self.asked = 0
+        self.held = 0
+        super().__init__(here)
+
+    def put(self, request: PutImages, tensors: Tensors) -> Answer:
+        self.puts += 1
+        self.held += tensors["data"].size
+        return Received(next_offset=self.held, total_bytes=IMAGES.nbytes), {}
+
+    def saliency(self, query: SaliencyQuery, tensors: Tensors) -> Answer:
+        self.asked += 1
+        if self.forgets:
+            self.forgets -= 1
+            self.held = 0
+            raise NotFound("this device does not hold the image block")
+        return super().saliency(query, tensors)
+
+
+class TestForgetful:
+    def test_it_is_sent_a_block_again_a_few_times(self, tmp_path: Path) -> None:
+        with world(tmp_path, "d1") as here:
+            device = Forgetful(here, times=3)
+            card = msgspec.structs.replace(here.agents["d1"].card(), device="liar")
+            assert len(saliency(Questions(here.caller, card), IMAGES)) == 10
+            assert device.asked == 4
+
+    def test_and_not_for_ever(self, tmp_path: Path) -> None:
+        with world(tmp_path, "d1") as here:
+            device = Forgetful(here, times=1000)
+            card = msgspec.structs.replace(here.agents["d1"].card(), device="liar")
+            with pytest.raises(
+                NotFound, match=f"liar has evicted the image block {BLOCK}.* 5 times"
+            ):
+                saliency(Questions(here.caller, card), IMAGES)
+            assert device.asked == 5
+
+
+def test_what_else_a_device_has_not_got_is_asked_for_once_more_and_no_images_sent(
+    tmp_path: Path,
+) -> None:
+    with world(tmp_path, "d1") as here:
+        questions = Questions(here.caller, here.agents["d1"].card())
+        saliency(questions, IMAGES)
+        sent = here.caller.wire["d1"]["put_images"].sent
+        query = lambda b: FeaturesQuery(block=b, tap="none")  # noqa: E731
+        with pytest.raises(NotFound, match="has no tap 'none'"):
+            list(questions.ask([IMAGES], "features", query, "features"))
+        assert here.asked().count("features") == 2
+        assert here.caller.wire["d1"]["put_images"].sent < sent + 500
 
 
 @pytest.mark.parametrize("rows", [9, 11])

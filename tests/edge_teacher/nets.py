@@ -29,10 +29,10 @@ def pictures(count: int = 5, seed: int = 0) -> np.ndarray:
 
 
 def teacher_answers(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(features [N, 3, 4, 4], saliency [N, 4, 4]) as the teacher must give them."""
-    n = len(images)
+    """(features [N, 3, H/2, W/2], saliency [N, H/2, W/2]) as the teacher must give them."""
+    n, height, width, _ = images.shape
     x = images.astype(np.float32).transpose(0, 3, 1, 2) / 255
-    features = x.reshape(n, 3, SIDE // 2, 2, SIDE // 2, 2).mean(axis=(3, 5))
+    features = x.reshape(n, 3, height // 2, 2, width // 2, 2).mean(axis=(3, 5))
     return features, features.mean(axis=1)
 
 

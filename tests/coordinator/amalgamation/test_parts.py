@@ -64,9 +64,9 @@ def test_roots_keep_the_sign() -> None:
 def test_flips_average_an_image_and_its_mirror() -> None:
     teacher = random_teacher("t", 0)
     plain = ask(teacher, IMAGES[:2], IMAGES, flips=False, maps=False)
-    assert teacher.asked == {"saliency": 0, "pooled": 8, "features": 0}
+    assert teacher.asked == {"saliency": 0, "pooled": 8, "attended": 0, "features": 0}
     both = ask(teacher, IMAGES[:2], IMAGES, flips=True, maps=True)
-    assert teacher.asked == {"saliency": 0, "pooled": 24, "features": 6}
+    assert teacher.asked == {"saliency": 0, "pooled": 24, "attended": 0, "features": 6}
     straight = torch.from_numpy(teacher.pooled(IMAGES))
     mirrored = torch.from_numpy(teacher.pooled(np.ascontiguousarray(IMAGES[:, :, ::-1])))
     assert plain.maps_transfer is None

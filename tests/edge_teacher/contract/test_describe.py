@@ -23,7 +23,7 @@ def test_it_is_about_this_version() -> None:
 
 
 def test_every_message_field_and_error_is_in_it() -> None:
-    text = describe.sections()
+    text = {name: re.sub(" +", " ", said) for name, said in describe.sections().items()}
     assert "#### FeaturesQuery" in text["messages"]
     assert "| `mirrored` | boolean | false |" in text["messages"]
     assert '`"maps"` or `"pooled"` or `"attention"`' in text["messages"]
@@ -36,8 +36,14 @@ def test_every_message_field_and_error_is_in_it() -> None:
         assert not kind.code or f"| {kind.code} | {kind.__name__} |" in text["errors"]
 
 
+def test_the_columns_of_a_table_stand_below_each_other() -> None:
+    table = describe.sections()["errors"].strip().splitlines()
+    for column in range(1, 4):
+        assert len({[i for i, c in enumerate(line) if c == "|"][column] for line in table}) == 1
+
+
 def test_every_topic_in_it_is_one_of_ours() -> None:
-    rows = re.findall(r"^\| `(fedsa/v1/\S+)` \|", DOCUMENT.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(fedsa/v1/\S+)` +\|", DOCUMENT.read_text(), re.MULTILINE)
     assert len(rows) == 8
     for row in rows:
         name = row.replace("<device>", "d1").replace("<coordinator>", "ada")

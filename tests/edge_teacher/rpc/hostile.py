@@ -19,7 +19,7 @@ from edge_teacher.rpc import chunks
 from edge_teacher.rpc.invoke import Caller
 from edge_teacher.rpc.memory import MemoryBroker
 from edge_teacher.rpc.serve import Server
-from edge_teacher.rpc.transport import Message
+from edge_teacher.rpc.transport import Message, matches
 from tests.edge_teacher.rpc.wire import COORDINATOR, DEVICE, Ask, Device, Said
 
 _SIZES = (-(1 << 63), -1, 0, 1, 255, 1 << 20, 1 << 31, 1 << 40, (1 << 63) - 1)
@@ -147,7 +147,8 @@ class Target:
         self.broker = MemoryBroker()
         self.device = Device()
         limits = Limits(answer_cache_bytes=1 << 20, max_queued_requests=8, answer_cache_s=5)
-        self.server = Server(self.broker.connect(), DEVICE, self.device.methods(), limits=limits)
+        self.answering = self.broker.connect()
+        self.server = Server(self.answering, DEVICE, self.device.methods(), limits=limits)
         self.server.start()
         self.asking = self.broker.connect()
         self.caller = Caller(self.asking, COORDINATOR, max_answer_bytes=8 << 20, tick_s=0.02)
@@ -158,13 +159,24 @@ class Target:
     def attack(self, hostile: Hostile) -> None:
         """One hostile message at each end, delivered as the connection would."""
         self.attacker.publish(hostile.to_server())
+        message = hostile.to_client(self.open_question())
+        topic = message.topic.replace(f"/{DEVICE}", "/silent")
+        self.attacker.publish(replace(message, topic=topic))
+
+    def open_question(self) -> bytes:
+        """The correlation data of a question of the client's to the device `silent`."""
         if self._open is None or self._open.done():
             self._open = self.caller.submit("silent", "echo", Ask(), timeout_s=600)
             (pending,) = self.caller._pending.values()
             self.correlation = pending.request.correlation
-        message = hostile.to_client(self.correlation)
-        topic = message.topic.replace(f"/{DEVICE}", "/silent")
-        self.attacker.publish(replace(message, topic=topic))
+        return self.correlation
+
+    def hand(self, message: Message, *, to_server: bool) -> None:
+        """To one end, on this thread: what its handlers raise comes out here."""
+        transport = self.answering if to_server else self.asking
+        for topic_filter, handler in transport._handlers:
+            if matches(topic_filter, message.topic):
+                handler(message)
 
     def survived(self) -> None:
         """Both ends still do their work, on the threads they began with."""

@@ -109,6 +109,46 @@ def test_what_has_arrived_is_not_kept_and_not_computed_again(clock: Clock) -> No
     assert not cache.is_gone(key("a"))
 
 
+def command(size: int) -> Answered:
+    made = answer(size)
+    made.of_a_command = True
+    return made
+
+
+def test_what_commands_came_to_leaves_for_time_and_not_for_memory(clock: Clock) -> None:
+    cache = AnswerCache(Limits(answer_cache_bytes=25, answer_cache_s=60))
+    cache.put(key("command"), command(20), wait_until=NOW)
+    for name in "abc":
+        cache.put(key(name), answer(10), wait_until=NOW)
+    # And it takes nothing from the others either.
+    assert [n for n in ("command", *"abc") if cache.get(key(n))] == ["command", "b", "c"]
+    clock.now += 61
+    assert cache.get(key("command")) is None
+    assert cache.nbytes == 0
+
+
+def test_beyond_their_number_the_oldest_command_is_like_any_answer(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_teacher.rpc.answer_cache._MOST_COMMANDS", 2)
+    cache = AnswerCache(Limits(answer_cache_bytes=25))
+    for name in "123":
+        cache.put(key(name), command(10), wait_until=NOW)
+    assert all(cache.get(key(n)) for n in "123")  # there was still room
+    for name in "abc":
+        cache.put(key(name), answer(10), wait_until=NOW)
+    assert [n for n in "123abc" if cache.get(key(n))] == ["2", "3", "b", "c"]
+
+
+def test_only_so_many_of_those_that_have_arrived_are_known(clock: Clock) -> None:
+    cache = AnswerCache(Limits())
+    for i in range(8193):
+        cache.finish(key(str(i)))
+    assert not cache.is_gone(key("0"))
+    assert cache.is_gone(key("1"))
+    assert cache.is_gone(key("8192"))
+
+
 def test_a_lookup_does_not_become_slow_with_the_number_of_answers() -> None:
     cache = AnswerCache(Limits(answer_cache_bytes=1 << 30))
     for i in range(20_000):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -23,7 +24,7 @@ from edge_teacher.contract.errors import (
     UsageError,
 )
 from edge_teacher.contract.limits import CHUNK_BYTES, MAX_PACKET_BYTES, Limits
-from edge_teacher.contract.messages import Control
+from edge_teacher.contract.messages import Control, Problem
 from edge_teacher.rpc.invoke import Caller
 from edge_teacher.rpc.memory import MemoryBroker
 from edge_teacher.rpc.transport import Message
@@ -32,9 +33,11 @@ from tests.edge_teacher.rpc.wire import (
     DEVICE,
     TICK_S,
     Ask,
+    Line,
     Said,
     World,
     channel_of,
+    eventually,
     noise,
     once,
     world,
@@ -101,6 +104,10 @@ class TestFaults:
             assert here.device.executed == ["again"]
             first, second = here.sent_to("req")
             assert first.correlation == second.correlation
+            # In vain once, it is worth the broker's acknowledgement, and so is the answer to it.
+            assert (first.qos, second.qos) == (0, 1)
+            answers = here.sent_to("rsp")
+            assert [m.qos for m in answers] == ([0, 1] if channel == "rsp" else [0])
 
     def test_every_message_twice(self) -> None:
         with world(fault=lambda m: [m, m]) as here:
@@ -276,6 +283,55 @@ def test_a_busy_device_is_asked_again_when_it_said() -> None:
         assert queued.result(20)
         answered = [m for m in here.sent_to("rsp") if m.user["status"] == "429"]
         assert answered[0].correlation in {m.correlation for m in here.sent_to("req")}
+
+
+def test_a_device_that_is_busy_is_left_alone_as_long_as_it_said_also_by_who_reconnects() -> None:
+    def busy_or_lost(message: Message) -> list[Message]:
+        if channel_of(message) != "req":
+            return [message]
+        if frame.decode(message.payload, Ask)[0].text == "lost":
+            return []
+        problem = Problem(code=429, message="3 waiting", retry_after_s=60)
+        topic = topics.response(COORDINATOR, DEVICE)
+        user = {"status": "429", "v": "1.1"}
+        answer = replace(message, topic=topic, payload=frame.encode(problem), user=user)
+        return [answer]
+
+    with world(fault=busy_or_lost, retry_s=30) as here:
+
+        def tries() -> Counter[str]:
+            return Counter(frame.decode(m.payload, Ask)[0].text for m in here.sent_to("req"))
+
+        for text in ("busy", "lost"):
+            here.caller.submit(DEVICE, "echo", Ask(text=text), timeout_s=60)
+        eventually(lambda: any(p.busy for p in list(here.caller._pending.values())))
+        for count in range(2, 5):
+            here.caller.device_back(DEVICE)
+            eventually(lambda n=count: tries()["lost"] == n)  # type: ignore[misc]
+        assert tries()["busy"] == 1
+
+
+def test_nothing_is_asked_again_while_there_is_no_connection() -> None:
+    broker = MemoryBroker()
+    line = Line(broker)
+    heard = broker.connect()
+    requests: list[Message] = []
+    heard.subscribe(topics.requests(DEVICE), requests.append)
+    caller = Caller(line, COORDINATOR, retry_s=0.02, tick_s=TICK_S)
+    try:
+        line.cut()
+        future = caller.submit(DEVICE, "echo", Ask(), timeout_s=0.5)
+        with pytest.raises(Unreachable):
+            future.result(10)
+        assert [channel_of(m) for m in line.waiting] == ["req", "ctl"]  # it, and its end
+        later = caller.submit(DEVICE, "echo", Ask(), timeout_s=60)
+        line.mend()
+        eventually(lambda: len(requests) > 3)
+        caller.cancel(later)
+    finally:
+        caller.close()
+        line.close()
+        heard.close()
 
 
 def test_a_device_that_stays_busy_is_called_busy_and_not_silent() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from edge_teacher.rpc.paho import PahoTransport
 from edge_teacher.rpc.serve import Server
 from edge_teacher.rpc.transport import Message
 from tests.brokers import Authority, Mosquitto, free_port
-from tests.edge_teacher.rpc.wire import DEVICE, Ask, Device, Said, noise
+from tests.edge_teacher.rpc.wire import DEVICE, Ask, Device, Said, eventually, noise
 
 WAIT_S = 20
 
@@ -154,6 +156,20 @@ def test_question_and_chunked_answer(pair: tuple[PahoTransport, PahoTransport]) 
     finally:
         caller.close()
         server.drain()
+
+
+def test_two_clients_of_one_id_are_told_of_it_and_do_not_fight_for_long(
+    mosquitto: Mosquitto, caplog: pytest.LogCaptureFixture
+) -> None:
+    """This broker gives no reason: it just hangs up."""
+    ends = [PahoTransport(mosquitto.address, "d1") for _ in range(2)]
+    try:
+        eventually(lambda: "client 'd1' soon after it begins: has another client" in caplog.text)
+        waits = [end._client._reconnect_min_delay for end in ends]
+        assert max(waits) >= 1.5
+    finally:
+        for end in ends:
+            end.close()
 
 
 class TestUnreachable:
@@ -333,6 +349,26 @@ class TestTls:
         finally:
             a.close()
             b.close()
+
+    def test_a_tls_socket_is_written_by_one_thread_alone(
+        self, address: BrokerAddress, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        writers: set[threading.Thread] = set()
+        send = ssl.SSLSocket.send
+
+        def noting(self: ssl.SSLSocket, *a: Any, **k: Any) -> int:
+            writers.add(threading.current_thread())
+            return send(self, *a, **k)
+
+        transport = PahoTransport(address, "a")
+        monkeypatch.setattr(ssl.SSLSocket, "send", noting)
+        inbox = Inbox(transport, "x")
+        for qos in (0, 1):
+            transport.publish(Message(topic="x", payload=b"1", qos=qos))
+        inbox.wait(2)
+        transport.close()
+        assert len(writers) == 1
+        assert threading.current_thread() not in writers
 
     def test_a_broker_of_another_authority_is_not_believed(
         self, address: BrokerAddress, tmp_path: Path

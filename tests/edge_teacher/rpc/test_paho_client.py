@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import socket
 import struct
+import threading
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from paho.mqtt.client import Client
+from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from edge_teacher.contract.limits import MAX_PACKET_BYTES
 from edge_teacher.rpc import paho_client
 from edge_teacher.rpc.paho import PahoTransport
 from edge_teacher.rpc.paho_client import FastClient, PackedProperties, read_publish
@@ -110,8 +116,6 @@ def test_paho_calls_what_replaces_it(mosquitto: Mosquitto, monkeypatch: pytest.M
 
 def test_many_threads_publish_whole_packets(mosquitto: Mosquitto) -> None:
     """They write to one socket: what one began must be finished before another begins."""
-    import threading
-
     sender, receiver = (PahoTransport(mosquitto.address, name) for name in ("a", "b"))
     inbox = Inbox(receiver, "x/+")
 
@@ -128,5 +132,53 @@ def test_many_threads_publish_whole_packets(mosquitto: Mosquitto) -> None:
     for message in inbox.wait(160):
         assert set(bytes(message.payload)) == {int(message.topic[2:])}
         assert len(message.payload) in (1, 300_000)
+    sender.close()
+    receiver.close()
+
+
+class Slow:
+    """A socket that takes a few bytes at a time, and during whose first send something else happens."""
+
+    def __init__(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        self.taken = b""
+        self._meanwhile = meanwhile
+
+    def send(self, data: memoryview) -> int:
+        meanwhile, self._meanwhile = self._meanwhile, lambda: None
+        meanwhile()
+        self.taken += bytes(data[:5])
+        return min(len(data), 5)
+
+
+def test_a_packet_that_was_begun_is_finished_before_one_that_came_meanwhile() -> None:
+    """paho's own thread queues acknowledgements and pings without asking whoever writes."""
+    client = FastClient(lambda message: None, CallbackAPIVersion.VERSION2)
+    begun, meanwhile = bytes([0x32]) + b"begun in one thread", b"\x40\x02\0\7"
+    slow = Slow(
+        lambda: client._out_packet.append(
+            paho_client._out(0x40, memoryview(meanwhile), 7, 0, None, 0)
+        )
+    )
+    client._sock = slow  # type: ignore[assignment]
+    client.may_write_directly = True
+    client._packet_queue(0x32, begun, 1, 1)
+    while client._out_packet:
+        client._packet_write()
+    assert slow.taken == begun + meanwhile
+    client._sock = None
+
+
+def test_the_rest_of_a_packet_does_not_wait_until_pahos_thread_wakes_by_itself(
+    mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FastClient, "_loop", lambda self, timeout=1.0: Client._loop(self, 600))
+    sender, receiver = (PahoTransport(mosquitto.address, name) for name in ("a", "b"))
+    inbox = Inbox(receiver, "x")
+    connection = sender._client.socket()
+    assert connection is not None
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    payload = bytes(MAX_PACKET_BYTES - 4096)
+    sender.publish(Message(topic="x", payload=payload, qos=0))
+    assert inbox.wait(1)[0].payload == payload
     sender.close()
     receiver.close()

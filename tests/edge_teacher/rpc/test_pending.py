@@ -77,6 +77,13 @@ def test_hearing_from_the_device_ends_the_backoff() -> None:
     assert made.next_try < time.monotonic() + 7
 
 
+def test_what_still_comes_does_not_put_off_asking_after_a_lost_connection() -> None:
+    made = pending(3)
+    made.next_try, made.ask_soon = 1.0, True
+    made.heard(5.0)
+    assert made.next_try == 1.0
+
+
 class TestMemory:
     def test_of_one_and_of_all(self) -> None:
         memory = Memory(100, 60)

@@ -21,6 +21,7 @@ from edge_teacher.contract.errors import (
 from edge_teacher.contract.limits import CHUNK_BYTES, Limits
 from edge_teacher.contract.messages import Chunk, Control, Problem
 from edge_teacher.rpc.memory import MemoryTransport
+from edge_teacher.rpc.serve import Answer, Tensors
 from edge_teacher.rpc.transport import Message
 from tests.edge_teacher.rpc.wire import COORDINATOR, DEVICE, Ask, Said, World, noise, world
 
@@ -425,3 +426,79 @@ def test_an_idle_server_lets_go_of_old_answers() -> None:
         end = time.monotonic() + 10
         while here.server._answers.nbytes:
             assert time.monotonic() < end
+
+
+def test_what_expired_makes_room_in_a_full_queue_and_is_told_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with world(limits=Limits(max_queued_requests=2)) as here:
+        peer = Peer(here.broker.connect())
+        peer.ask("hold", correlation=b"0")
+        assert here.device.begun.acquire(timeout=10)
+        peer.ask(correlation=b"1", expiry_s=30)
+        peer.ask(correlation=b"2", expiry_s=300)
+        peer.fence()
+        now = time.monotonic()
+        monkeypatch.setattr("edge_teacher.rpc.serve.time.monotonic", lambda: now + 60)
+        peer.ask(correlation=b"3")
+        (expired,) = peer.wait(1)
+        assert expired.correlation == b"1"
+        assert problem_in(expired).code == 408
+        peer.ask(correlation=b"1")  # with a later deadline it is a new request
+        assert problem_in(peer.wait(2)[1]).code == 429
+        here.device.may_go_on.set()
+        assert [m.correlation for m in peer.wait(5)[2:]] == [b"0", b"2", b"3"]
+
+
+def test_an_answer_that_is_forgotten_is_not_sent_on() -> None:
+    with world(limits=Limits(answer_cache_s=0.05)) as here:
+        peer = Peer(here.broker.connect())
+        peer.ask(payload=frame.encode(Ask(bytes_back=5 * CHUNK_BYTES)))
+        peer.wait(2)
+        assert len(here.server._outbox) == 1
+        end = time.monotonic() + 10
+        while len(here.server._outbox):
+            assert time.monotonic() < end
+
+
+@pytest.mark.parametrize(("text", "status"), [("", "200"), ("fail", "500")])
+def test_a_command_is_not_executed_again_however_much_was_answered_since(
+    text: str, status: str
+) -> None:
+    with world(limits=Limits(answer_cache_bytes=250_000)) as here:
+        peer = Peer(here.broker.connect())
+        command = frame.encode(Ask(text=text))
+        peer.ask("change", command, correlation=b"command")
+        (first,) = peer.wait(1)
+        for i in range(5):
+            peer.ask(payload=frame.encode(Ask(bytes_back=100_000)), correlation=bytes([i]))
+            peer.wait(i + 2)
+        peer.ask("change", command, correlation=b"command")
+        again = peer.wait(7)[6]
+        assert again.user["status"] == first.user["status"] == status
+        assert again.payload == first.payload
+        assert len(here.device.executed) == 6
+
+
+def test_a_command_that_was_withdrawn_while_it_failed_is_not_answered(
+    here: World, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute = here.device.echo
+
+    def held(ask: Ask, tensors: Tensors) -> Answer:
+        here.device.begun.release()
+        assert here.device.may_go_on.wait(10)
+        return execute(ask, tensors)
+
+    monkeypatch.setattr(here.device, "echo", held)
+    command = frame.encode(Ask(text="fail"))
+    peer.ask("change", command)
+    assert here.device.begun.acquire(timeout=10)
+    peer.control(Control(kind="cancel", correlation=b"c1", respond_to=RESPONSE))
+    peer.fence()
+    here.device.may_go_on.set()
+    peer.ask(correlation=b"next")
+    assert [m.correlation for m in peer.wait(1)] == [b"next"]
+    peer.ask("change", command)
+    peer.fence()
+    assert len(peer.heard) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,12 +60,65 @@ class Device:
     def fail(self, ask: Ask, tensors: Tensors) -> Answer:
         raise ZeroDivisionError("the weights ran out")
 
+    def change(self, ask: Ask, tensors: Tensors) -> Answer:
+        """A command; it fails where it is asked to, after it has had its effect."""
+        answer = self.echo(ask, tensors)
+        return self.fail(ask, tensors) if ask.text == "fail" else answer
+
     def methods(self) -> dict[str, Method]:  # type: ignore[type-arg]
         return {
             "echo": Method(Ask, self.echo),
             "hold": Method(Ask, self.hold),
             "fail": Method(Ask, self.fail),
+            "change": Method(Ask, self.change, changes=True),
         }
+
+
+class Line(MemoryTransport):
+    """A connection that can be cut: then it hears nothing, and what it says waits for the next one."""
+
+    def __init__(self, broker: MemoryBroker) -> None:
+        super().__init__(broker, None)
+        self.waiting: list[Message] = []
+        self.up = True
+        self._actions: list[Callable[[], None]] = []
+        broker.take(self)
+
+    @property
+    def connected(self) -> bool:
+        return self.up
+
+    def on_connect(self, action: Callable[[], None]) -> None:
+        self._actions.append(action)
+        action()
+
+    def publish(self, message: Message) -> None:
+        if self.up:
+            super().publish(message)
+        else:
+            self.waiting.append(message)
+
+    def deliver(self, message: Message) -> None:
+        if self.up:
+            super().deliver(message)
+
+    def cut(self) -> None:
+        self.up = False
+
+    def mend(self) -> None:
+        self.up = True
+        waiting, self.waiting = self.waiting, []
+        for message in waiting:
+            self.publish(message)
+        for action in self._actions:
+            action()
+
+
+def eventually(true: Callable[[], bool], within_s: float = 15) -> None:
+    end = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < end
+        threading.Event().wait(0.001)
 
 
 Lose = Callable[[Message], list[Message]]

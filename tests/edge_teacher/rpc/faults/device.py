@@ -31,7 +31,8 @@ class Chaos:
         self._inner = inner
         self._chance = random.Random(seed)
         self._held: list[Message] = []
-        self.subscribe, self.on_connect = inner.subscribe, inner.on_connect
+        self.subscribe, self.unsubscribe = inner.subscribe, inner.unsubscribe
+        self.on_connect = inner.on_connect
         self.on_room, self.close = inner.on_room, inner.close
 
     @property

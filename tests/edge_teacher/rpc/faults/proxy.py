@@ -1,4 +1,4 @@
-"""A TCP proxy that is slow, and cuts every connection now and then."""
+"""A TCP proxy that is slow, cuts every connection now and then, or leads nowhere for a while."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 class CuttingProxy:
     """Between a client and a broker at `port`: `bytes_per_s` each way, everything cut every `cut_s`."""
 
-    def __init__(self, port: int, *, bytes_per_s: float, cut_s: float) -> None:
+    def __init__(self, port: int, *, bytes_per_s: float, cut_s: float | None = None) -> None:
         self._target = port
         self._rate = bytes_per_s
         self._open: list[socket.socket] = []
@@ -20,12 +20,19 @@ class CuttingProxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.cuts = 0
-        self._threads = [
-            threading.Thread(target=self._accept, daemon=True),
-            threading.Thread(target=self._cut, args=(cut_s,), daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        self.refused = 0
+        self._down = False
+        threading.Thread(target=self._accept, daemon=True).start()
+        if cut_s is not None:
+            threading.Thread(target=self._cut, args=(cut_s,), daemon=True).start()
+
+    def go_down(self) -> None:
+        """Cut everything, and hang up on who connects."""
+        self._down = True
+        self._cut_all()
+
+    def come_up(self) -> None:
+        self._down = False
 
     def close(self) -> None:
         self._over.set()
@@ -36,6 +43,10 @@ class CuttingProxy:
         while not self._over.is_set():
             try:
                 client, _ = self._listener.accept()
+                if self._down:
+                    client.close()
+                    self.refused += 1
+                    continue
                 broker = socket.create_connection(("127.0.0.1", self._target))
             except OSError:
                 return

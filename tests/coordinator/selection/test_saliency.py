@@ -24,7 +24,14 @@ RNG = np.random.default_rng
 
 def evidence(*teachers: np.ndarray, student: np.ndarray | None = None) -> Evidence:
     student = RNG(0).random((5, 4, 4), np.float32) if student is None else student
-    return Evidence(student, {f"t{i}": m for i, m in enumerate(teachers)})
+    names = [f"t{i}" for i in range(len(teachers))]
+    return Evidence(
+        student,
+        dict(zip(names, teachers, strict=True)),
+        targets=np.eye(2, dtype=np.float32)[[0, 1, 0, 1, 1]],
+        features={n: RNG(i).random((5, 3), np.float32) for i, n in enumerate(names)},
+        judge=lambda chosen: sum(int(name[1:]) for name in chosen),
+    )
 
 
 def random_maps(seed: int, size: int = 4) -> np.ndarray:
@@ -64,7 +71,7 @@ def test_maps_are_compared_at_the_largest_size() -> None:
     # Bilinear with pixel centres aligned: a ramp stays a ramp inside, and ends do not move out.
     ramp = np.array([[[0.0, 1.0]]], np.float32)
     assert resize_maps(ramp, (1, 4)).ravel().tolist() == [0, 0.25, 0.75, 1]
-    assert len(select("top-k", found, 1, RNG(0)).weights) == 1
+    assert len(select("cosine", found, 1, RNG(0)).weights) == 1
 
 
 @given(arrays(np.float64, st.integers(1, 9), elements=st.floats(0, 1)))
@@ -87,7 +94,7 @@ def test_equal_teachers_are_equally_probable() -> None:
 def test_top_k_takes_the_best_and_weighs_them_by_softmax() -> None:
     student = random_maps(0)
     near = np.clip(student + 0.1 * random_maps(7), 0, 1)
-    found = select("top-k", evidence(random_maps(3), near, student, student=student), 2, RNG(0))
+    found = select("cosine", evidence(random_maps(3), near, student, student=student), 2, RNG(0))
     assert [t.teacher for t in found.teachers] == ["t2", "t1", "t0"]
     assert set(found.weights) == {"t1", "t2"}
     best, second, worst = found.teachers
@@ -141,10 +148,10 @@ def test_flat_maps_are_counted() -> None:
 def test_what_cannot_be_selected_is_said() -> None:
     one = evidence(random_maps(1))
     with pytest.raises(UsageError, match="k is 2, and only 1 teacher answered"):
-        select("top-k", one, 2, RNG(0))
+        select("cosine", one, 2, RNG(0))
     with pytest.raises(UsageError, match="no teacher"):
-        select("top-k", evidence(), 1, RNG(0))
-    with pytest.raises(UsageError, match="'best'; it is one of top-k, sampled"):
+        select("cosine", evidence(), 1, RNG(0))
+    with pytest.raises(UsageError, match="'best'; it is one of evidence, cosine, sampled"):
         select("best", one, 1, RNG(0))
     with pytest.raises(CheckFailed, match=r"t0 .* \[4, 4, 4\] for 5"):
         select("all", evidence(random_maps(1)[:4]), 1, RNG(0))

@@ -1,0 +1,215 @@
+"""The table of the paper on real data, with this kit's methods and its baselines.
+
+    python -m benchmarks.paper_table --data FOLDER [--processes 2] [--only METHOD …]
+
+Every trial is kept when it is done, and not done again: interrupt it when you like. What there is goes
+to benchmarks/results/paper_table.json and paper_table.md after every trial. `--data` has cifar10.tar.xz
+and tiny_imagenet32_160.tar.xz; teachers that are missing are trained first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from rich.console import Console
+
+from benchmarks.paper_data import archives, split
+from benchmarks.paper_methods import METHODS, Outcome, Trial, run_trial
+from benchmarks.paper_teachers import COUNT, train_teacher
+from edge_teacher.contract.errors import FedsaError
+from edge_teacher.files import write_atomically
+
+RESULTS = Path(__file__).parent / "results"
+PAIRED = ("cifar10", "cifar10-animals", "cifar10-vehicles")
+
+
+def trials() -> list[Trial]:
+    """In the order of what matters, so that a run that is cut short has most of it."""
+    first = ("scratch", "fedsa_top3", "fedsa_all", "random3", "central_all", "transfer")
+    found = [
+        Trial(m, "cifar10", 0.01, 0) for m in (*first, "logits_all", "fedsa_top5", "fedsa_paper")
+    ]
+    for seed in (1, 2):
+        found += [Trial(m, "cifar10", 0.01, seed) for m in METHODS]
+    for seed in range(5):
+        for task in PAIRED:
+            found += [Trial(m, task, 0.01, seed) for m in ("fedsa_top3", "random3")]
+            if seed < 3:
+                found.append(Trial("scratch", task, 0.01, seed))
+    for seed in (0, 1):
+        found += [
+            Trial(m, "cifar10", 0.1, seed)
+            for m in ("scratch", "fedsa_top3", "fedsa_all", "transfer")
+        ]
+    return list(dict.fromkeys(found))
+
+
+def outcomes(work: Path) -> list[Outcome]:
+    """Of the trials that are done."""
+    return [
+        msgspec.json.decode(path.read_bytes(), type=Outcome)
+        for path in sorted((work / "outcomes").glob("*.json"))
+    ]
+
+
+def write_results(done: list[Outcome], selection: list[dict[str, object]]) -> None:
+    rows = rows_of(done)
+    table = {
+        "rows": rows,
+        "selection": selection,
+        "default_score": "evidence",
+        "paired": paired(done),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    write_atomically(
+        RESULTS / "paper_table.json", msgspec.json.format(msgspec.json.encode(table), indent=1)
+    )
+    write_atomically(RESULTS / "paper_table.md", markdown(rows, paired(done)).encode())
+
+
+def rows_of(done: list[Outcome]) -> list[dict[str, object]]:
+    cells = defaultdict(list)
+    for one in done:
+        cells[one.method, one.task, one.labels].append(one)
+    order = {method: i for i, method in enumerate(METHODS)}
+    rows: list[dict[str, object]] = []
+    for (method, task, labels), found in sorted(
+        cells.items(), key=lambda item: (item[0][2], item[0][1], order[item[0][0]])
+    ):
+        reached = [one.accuracy for one in found]
+        rows.append(
+            {
+                "method": method,
+                "task": task,
+                "labels": labels,
+                "seeds": len(found),
+                "mean": round(float(np.mean(reached)), 4),
+                "std": round(float(np.std(reached, ddof=1)), 4) if len(found) > 1 else 0.0,
+                "queries": round(np.mean([one.queries for one in found])),
+                "bytes": round(np.mean([one.bytes for one in found])),
+                "seconds": round(float(np.mean([one.seconds for one in found])), 1),
+            }
+        )
+    return rows
+
+
+def paired(done: list[Outcome]) -> dict[str, object]:
+    """fedsa_top3 less random3 on the same seeds, in points, with a 95 % interval over the seeds."""
+    known = {(o.method, o.task, o.seed): o.accuracy for o in done if o.labels <= 0.01}
+    by_task = {
+        task: [
+            100 * (known["fedsa_top3", task, seed] - known["random3", task, seed])
+            for seed in range(5)
+            if ("fedsa_top3", task, seed) in known and ("random3", task, seed) in known
+        ]
+        for task in PAIRED
+    }
+    seeds = min(map(len, by_task.values()))
+    if seeds < 2:
+        return {}
+    means = np.mean([gains[:seeds] for gains in by_task.values()], axis=0)
+    # Student's t at 97.5 %, by degrees of freedom.
+    t = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776}[seeds - 1]
+    half = t * float(np.std(means, ddof=1)) / seeds**0.5
+    return {
+        "seeds": seeds,
+        "points": {task: round(float(np.mean(gains)), 2) for task, gains in by_task.items()},
+        "mean_points": round(float(means.mean()), 2),
+        "interval_95": [round(float(means.mean()) - half, 2), round(float(means.mean()) + half, 2)],
+    }
+
+
+def markdown(rows: list[dict[str, object]], pairs: dict[str, object]) -> str:
+    lines = [
+        "| method | task | labels | seeds | accuracy | queries | MB on the wire | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        mean, std = float(str(row["mean"])) * 100, float(str(row["std"])) * 100
+        spread = f" ± {std:.1f}" if row["seeds"] != 1 else ""
+        lines.append(
+            f"| {row['method']} | {row['task']} | {float(str(row['labels'])):.0%} | {row['seeds']} "
+            f"| {mean:.1f}{spread} | {row['queries']:,} | {int(str(row['bytes'])) / 1e6:.0f} "
+            f"| {row['seconds']} |"
+        )
+    if pairs:
+        low, high = pairs["interval_95"]  # type: ignore[misc]
+        lines += [
+            "",
+            f"fedsa_top3 over random3, {pairs['seeds']} seeds paired, mean of the three tasks: "
+            f"{pairs['mean_points']:+} points (95 % interval {low:+} to {high:+}); "
+            + ", ".join(f"{task} {gain:+}" for task, gain in pairs["points"].items()),  # type: ignore[attr-defined]
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _run(trial: Trial, data: Path, work: Path) -> Outcome:
+    cifar, _ = archives(data)
+    return run_trial(trial, split(cifar, "train", work), split(cifar, "test", work), work)
+
+
+def _train_teacher(index: int, data: Path, work: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    _, tiny = archives(data)
+    train_teacher(index, split(tiny, "train", work), split(tiny, "val", work), work)
+
+
+def _selection_rows(path: Path) -> list[dict[str, object]]:
+    if not path.exists():
+        return []
+    found: list[dict[str, object]] = msgspec.json.decode(path.read_bytes())["selection"]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the two archives")
+    parser.add_argument("--work", type=Path, default=Path("runs/paper"), help="what is kept")
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
+    parser.add_argument("--only", nargs="*", default=[], metavar="METHOD", choices=METHODS)
+    options = parser.parse_args()
+    console = Console(stderr=True)
+    work: Path = options.work
+    study = RESULTS / "selection.json"
+    try:
+        cifar, tiny = archives(options.data)
+        for archive, names in ((cifar, ("train", "test")), (tiny, ("train", "val"))):
+            for name in names:
+                split(archive, name, work)
+        (work / "outcomes").mkdir(exist_ok=True)
+        done = {f"{o.method}-{o.task}-{o.labels:g}-{o.seed}" for o in outcomes(work)}
+        due = [t for t in trials() if t.name not in done]
+        due = [t for t in due if not options.only or t.method in options.only]
+        with ProcessPoolExecutor(options.processes) as pool:
+            for future in [
+                pool.submit(_train_teacher, i, options.data, work) for i in range(COUNT)
+            ]:
+                future.result()
+            running = {pool.submit(_run, trial, options.data, work): trial for trial in due}
+            for number, future in enumerate(as_completed(running), start=1):
+                trial, outcome = running[future], future.result()
+                write_atomically(
+                    work / "outcomes" / f"{trial.name}.json", msgspec.json.encode(outcome)
+                )
+                write_results(outcomes(work), _selection_rows(study))
+                console.print(
+                    f"{number}/{len(due)} {trial.name}: {outcome.accuracy:.4f}, {outcome.seconds} s"
+                )
+        write_results(outcomes(work), _selection_rows(study))
+    except FedsaError as error:
+        console.print(f"paper_table: {error}")
+        return error.exit_code
+    print((RESULTS / "paper_table.md").read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""Teachers that fail in a run: set aside, named, and the run goes on without them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from coordinator.checkpoints import Run
+from coordinator.config import Config
+from coordinator.training import train
+from edge_teacher.contract.errors import CheckFailed, UsageError
+from tests.coordinator.liars import SPOILT, Liar
+from tests.coordinator.local_teacher import LocalTeacher, random_teacher
+from tests.coordinator.test_training import CONFIG, DATA, Interrupted, Watch, states
+
+QUICK = msgspec.structs.replace(
+    CONFIG,
+    scratch=msgspec.structs.replace(CONFIG.scratch, epochs=0),
+    warmup=msgspec.structs.replace(CONFIG.warmup, epochs=1),
+    finetune=msgspec.structs.replace(CONFIG.finetune, epochs=1),
+)
+
+
+def changed(section: str, config: Config = QUICK, **values: object) -> Config:
+    part = msgspec.structs.replace(getattr(config, section), **values)
+    return msgspec.structs.replace(config, **{section: part})
+
+
+EVERYBODY = changed("selection", strategy="all")
+
+
+def honest(*names: str) -> dict[str, LocalTeacher]:
+    return {name: random_teacher(name, i, 8 + 4 * i) for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+@pytest.mark.parametrize("method", ["saliency", "pooled", "features"])
+def test_one_that_fails_is_set_aside_and_named_and_the_others_teach(
+    tmp_path: Path, method: str, spoil: str
+) -> None:
+    fleet = honest("a", "b") | {"liar": Liar("liar", 6, method, SPOILT[spoil])}
+    watch = Watch()
+    result = train(EVERYBODY, DATA, fleet, tmp_path, watch)
+    (lost,) = result.lost
+    assert lost.teacher == "liar"
+    assert lost.stage.startswith("saliency" if method == "saliency" else "features before round 1")
+    assert lost.reselected == (method != "saliency")
+    assert result.selections[-1].selection.weights.keys() == {"a", "b"}
+    assert any("Set aside: liar" in sentence for sentence in watch.said)
+    # As if it had never been there.
+    without = train(EVERYBODY, DATA, honest("a", "b"), tmp_path / "without")
+    assert all(torch.equal(states(without)[k], v) for k, v in states(result).items())
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_one_that_looks_the_same_everywhere_on_every_image_looks_nowhere(
+    tmp_path: Path, value: float
+) -> None:
+    liar = Liar("liar", 6, "saliency", lambda maps: np.full_like(maps, value))
+    result = train(QUICK, DATA, honest("a", "b") | {"liar": liar}, tmp_path)
+    (lost,) = result.lost
+    assert "flat saliency map for each of 24 images" in lost.why
+
+
+def test_flat_maps_on_most_images_are_no_reason(tmp_path: Path) -> None:
+    def flat_but_one(maps: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(len(maps))[:, None, None] == 3, maps, 0).astype(np.float32)
+
+    shy = Liar("shy", 6, "saliency", flat_but_one)
+    assert train(QUICK, DATA, honest("a", "b") | {"shy": shy}, tmp_path).lost == ()
+
+
+def test_k_is_lowered_to_who_is_left_and_that_is_said(tmp_path: Path) -> None:
+    fleet = honest("a") | {"liar": Liar("liar", 6, "saliency", SPOILT["gone"])}
+    watch = Watch()
+    result = train(QUICK, DATA, fleet, tmp_path, watch)
+    assert result.selections[0].selection.weights == {"a": 1.0}
+    assert "selection.k is 2, and 1 can be asked: k is 1" in watch.said
+
+
+def test_too_few_left_ends_the_run_naming_everyone_and_it_can_be_gone_on_with(
+    tmp_path: Path,
+) -> None:
+    config = changed("devices", EVERYBODY, least=2)
+    liars = {
+        "mute": Liar("mute", 7, "saliency", SPOILT["gone"]),
+        "nan": Liar("nan", 6, "pooled", SPOILT["not a number"]),
+    }
+    fleet = honest("a") | liars
+    with pytest.raises(CheckFailed) as ended:
+        train(config, DATA, fleet, tmp_path)
+    for words in ("devices.least is 2", "mute", "went offline", "nan", "not finite"):
+        assert words in str(ended.value)
+    # Patience may be changed for a run that goes on; the two are well again.
+    for liar in liars.values():
+        liar.honest = True
+    watch = Watch()
+    result = train(changed("devices", EVERYBODY), DATA, fleet, tmp_path, watch)
+    assert "warm-up" not in [name for name, _ in watch.stages]
+    assert {lost.teacher: lost.back for lost in result.lost} == {
+        "mute": "saliency",
+        "nan": "saliency",
+    }
+    assert result.selections[0].selection.weights.keys() == {"a", "mute", "nan"}
+    assert [s.round for s in result.selections] == [0, 2]
+
+
+def test_nobody_left(tmp_path: Path) -> None:
+    fleet = {n: Liar(n, 1, "saliency", SPOILT["infinite"]) for n in ("x", "y")}
+    with pytest.raises(CheckFailed, match=r"of 2 teachers 0 can be asked.*x \(.*y \("):
+        train(QUICK, DATA, fleet, tmp_path)
+    assert Run.open(tmp_path, QUICK, DATA, {"x": "x", "y": "y"}).has("warm-up")
+
+
+def test_more_than_there_are_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"devices.least is 3, and 2 teachers are there"):
+        train(changed("devices", least=3), DATA, honest("a", "b"), tmp_path)
+
+
+def test_one_that_returns_takes_part_in_the_next_selection(tmp_path: Path) -> None:
+    liar = Liar("liar", 6, "saliency", SPOILT["gone"])
+    there = {"a": "a", "b": "b"}
+    watch = Watch()
+
+    class Returns(Watch):
+        def begin(self, stage: str, steps: int, done: int = 0) -> None:
+            super().begin(stage, steps, done)
+            if stage == "round 2":
+                liar.honest = True
+                there["liar"] = "liar"
+
+    watch = Returns()
+    fleet = honest("a", "b") | {"liar": liar}
+    result = train(EVERYBODY, DATA, fleet, tmp_path, watch, lambda: there)
+    first, second = result.selections
+    assert first.selection.weights.keys() == {"a", "b"}
+    assert second.selection.weights.keys() == {"a", "b", "liar"}
+    assert result.lost[0].back == "saliency before round 3"
+
+
+def test_one_that_returns_with_another_network_stays_out(tmp_path: Path) -> None:
+    liar = Liar("liar", 6, "saliency", SPOILT["gone"])
+    there = {"a": "a", "b": "b", "liar": "another"}
+    result = train(
+        EVERYBODY, DATA, honest("a", "b") | {"liar": liar}, tmp_path, None, lambda: there
+    )
+    assert result.lost[0].back == ""
+    assert "another network" in result.lost[0].why
+    assert liar.questions == 0
+
+
+def test_one_that_goes_when_all_was_answered_is_named_at_the_end(tmp_path: Path) -> None:
+    there = {"a": "a", "b": "b"}
+
+    class Leaves(Watch):
+        def begin(self, stage: str, steps: int, done: int = 0) -> None:
+            super().begin(stage, steps, done)
+            if stage == "fine-tune":
+                del there["b"]
+
+    result = train(EVERYBODY, DATA, honest("a", "b"), tmp_path, Leaves(), lambda: there)
+    (lost,) = result.lost
+    assert (lost.teacher, lost.stage, lost.reselected) == ("b", "end", False)
+    assert result.selections[-1].selection.weights.keys() == {"a", "b"}
+
+
+def test_the_same_failure_again_is_one_story(tmp_path: Path) -> None:
+    fleet = honest("a", "b") | {"liar": Liar("liar", 6, "pooled", SPOILT["not a number"])}
+    config = changed("aggregation", changed("selection", EVERYBODY, every_rounds=1), rounds=3)
+    result = train(config, DATA, fleet, tmp_path)
+    (lost,) = result.lost
+    assert lost.back == ""
+    assert [s.round for s in result.selections] == [0, 1, 2]
+    for selection in result.selections:
+        assert selection.selection.weights.keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize(("stage", "at"), [("round 2", 2), ("round 4", 1)])
+def test_a_run_that_lost_somebody_is_gone_on_with_to_the_same_end(
+    tmp_path: Path, stage: str, at: int
+) -> None:
+    def fleet() -> dict[str, LocalTeacher]:
+        return honest("a", "b", "c") | {"liar": Liar("liar", 6, "pooled", SPOILT["gone"])}
+
+    whole = train(EVERYBODY, DATA, fleet(), tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(EVERYBODY, DATA, fleet(), tmp_path / "parts", Watch(stage, at))
+    # It may be missing now, for the run knows that it is.
+    resumed = train(EVERYBODY, DATA, honest("a", "b", "c"), tmp_path / "parts")
+    assert all(torch.equal(states(whole)[k], v) for k, v in states(resumed).items())
+    assert [lost.teacher for lost in resumed.lost] == ["liar"]
+    with pytest.raises(UsageError, match=r"other teachers \(missing now: c, liar;"):
+        train(EVERYBODY, DATA, honest("a", "b"), tmp_path / "parts")
+
+
+@pytest.mark.parametrize("form", ["joint", "fedavg"])
+@pytest.mark.parametrize("saved_every_s", [0.0, 1000.0])
+def test_one_selected_that_is_missing_when_the_run_goes_on_is_replaced(
+    tmp_path: Path, saved_every_s: float, form: str
+) -> None:
+    """Its answers were in the memory of the first session only; what was learnt from it is kept."""
+    config = changed("aggregation", EVERYBODY, form=form)
+    config = msgspec.structs.replace(config, checkpoint_s=saved_every_s)
+    fleet = honest("a", "b") | {"c": Liar("c", 2, "pooled", SPOILT["gone"], after=4)}
+    with pytest.raises(Interrupted):
+        train(config, DATA, fleet, tmp_path, Watch("round 2", 3))
+    assert fleet["c"].asked["pooled"] > 0
+    watch = Watch()
+    result = train(config, DATA, fleet, tmp_path, watch)
+    assert any("round 2 begins again" in said for said in watch.said) == (saved_every_s == 0)
+    (lost,) = result.lost
+    assert (lost.teacher, lost.stage) == ("c", "features before round 2")
+    assert [s.round for s in result.selections] == [0, 1, 2]
+    assert result.selections[1].selection.weights.keys() == {"a", "b"}
