@@ -177,7 +177,8 @@ class Loop:
         else:
             # All draw for all, so that it does not matter who computes what.
             mine = [some.rows(self._ranks.rows(len(some.index))) for some in drawn]
-            loss, parts = computed(*mine)
+            with speaking():
+                loss, parts = computed(*mine)
         if not math.isfinite(parts.total):
             raise CheckFailed(
                 f"the loss of {lesson.name} is {parts.total}: the training diverged; "

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from coordinator.config import DistributedConfig
-from edge_teacher.contract.errors import CheckFailed, FedsaError, UsageError
+from edge_teacher.contract.errors import FedsaError, UsageError
 
 T = TypeVar("T")
 
@@ -143,12 +143,13 @@ class Ranks:
         # The word that replaces it is not in every torch that this runs with.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         # Buffers are evened out by us, and not overwritten with the first process's.
-        return DistributedDataParallel(
-            module,
-            process_group=self.group,
-            broadcast_buffers=False,
-            find_unused_parameters=True,
-        )
+        with speaking():
+            return DistributedDataParallel(
+                module,
+                process_group=self.group,
+                broadcast_buffers=False,
+                find_unused_parameters=True,
+            )
 
     def device(self, kind: str) -> torch.device:
         """This process's device of a kind. Raises UsageError for "cuda" where there is none."""
@@ -183,7 +184,7 @@ def speaking() -> Iterator[None]:
 def joined(config: DistributedConfig) -> Iterator[Ranks]:
     """Meet the other processes that torchrun started, if it did.
 
-    Raises UsageError for an environment that is not torchrun's, CheckFailed if the others do not come
+    Raises UsageError for an environment that is not torchrun's, Apart if the others do not come
     within `config.join_s`.
     """
     world = _number("WORLD_SIZE", 1)
@@ -203,7 +204,7 @@ def joined(config: DistributedConfig) -> Iterator[Ranks]:
         # In its own group waiting may take longer: devices that one process asks can be slow.
         group = dist.new_group(timeout=timedelta(seconds=config.silence_s))
     except (RuntimeError, ValueError) as error:
-        raise CheckFailed(
+        raise Apart(
             f"process {rank} of {world} did not meet the others at {place} within "
             f"{config.join_s:g} s ({_reason(error)}); are all of them started, and is MASTER_ADDR the "
             "first one's address?"
