@@ -25,8 +25,8 @@ from edge_teacher.contract.errors import FedsaError, UsageError
 T = TypeVar("T")
 
 
-class ProcessGone(CheckFailed):
-    """Another process of the run is gone: the run's end, and no teacher's fault."""
+class Apart(FedsaError):
+    """The processes of a run have lost each other. No fault of a teacher, and not to be taken for one."""
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,11 @@ ALONE = Ranks()
 
 @contextmanager
 def speaking() -> Iterator[None]:
-    """What goes wrong between the processes, as one sentence. Raises ProcessGone."""
+    """What goes wrong between the processes, as one sentence. Raises Apart."""
     try:
         yield
     except RuntimeError as error:  # torch has no narrower type for a peer that is gone
-        raise ProcessGone(
+        raise Apart(
             "another process of this run has ended or cannot be reached; its own last words say why "
             f"({_reason(error)})"
         ) from error

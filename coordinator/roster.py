@@ -10,7 +10,6 @@ import msgspec
 
 from coordinator.parallel import in_parallel
 from coordinator.progress import Progress
-from coordinator.ranks import ProcessGone
 from coordinator.teachers import Teacher
 from edge_teacher.contract.errors import CheckFailed, RpcError
 
@@ -94,8 +93,6 @@ class Roster:
             answer: Outcome | RpcError | CheckFailed
             try:
                 answer = question(teacher)
-            except ProcessGone:
-                raise
             except (RpcError, CheckFailed) as error:
                 answer = error
             return answer, time.monotonic() - began

@@ -36,8 +36,6 @@ from tests.examples import ROOT
 
 T = TypeVar("T")
 
-ATTENTION = np.random.default_rng(0).random((7, 4, 4)).astype(np.float32)
-
 LONG = ("--aggregation.rounds", "400")
 
 

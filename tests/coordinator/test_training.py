@@ -26,7 +26,6 @@ CONFIG = load_config(
         "batch": "16",
         "shift": "1",
         "student.channels": "8",
-        "selection.strategy": "cosine",  # which asks for features of the selected only
         "selection.k": "2",
         "selection.every_rounds": "2",
         "aggregation.rounds": "4",
