@@ -123,6 +123,9 @@ class SelectionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = "evidence"
     k: Annotated[int, Meta(ge=1, description="how many teachers are chosen")] = 3
     every_rounds: Annotated[int, Meta(ge=1, description="select again after so many rounds")] = 7
+    sticky: Annotated[
+        float, Meta(ge=0, description="added to the score of who was selected last; 0: nothing is")
+    ] = 0.0
 
 
 class AggregationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -143,6 +146,12 @@ class AggregationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     temperature: Annotated[
         float, Meta(gt=0, description="of the soft predictions; below 1 sharpens")
     ] = 0.5
+    refits: Annotated[
+        int,
+        Meta(
+            ge=0, description="times the task head is fitted again, on the student's features too"
+        ),
+    ] = 1
     flips: Annotated[
         bool, Meta(description="ask for mirrored images too: twice the queries, better features")
     ] = True

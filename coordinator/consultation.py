@@ -233,11 +233,13 @@ class Consultation:
             targets=task.kind.targets(task.probe.labels, len(task.classes)),
             features=features,
             judge=judge_of(features, task.probe, self._test[name], task.test),
+            current=before,
+            sticky=self._config.selection.sticky,
         )
         # The first task's draws are those it has alone.
         seed = [self._config.seed, number, place] if place else [self._config.seed, number]
         rng = np.random.default_rng(seed)
-        return select(self._config.selection.strategy, evidence, k, rng, before)
+        return select(self._config.selection.strategy, evidence, k, rng)
 
     def _timed(self, what: str) -> AbstractContextManager[None]:
         return self._run.timed(what)

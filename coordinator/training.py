@@ -22,7 +22,7 @@ from torch import Tensor
 from coordinator.amalgamation.aggregation import RoundPlan, run_round
 from coordinator.amalgamation.task import AmalgamationTask, Losses
 from coordinator.checkpoints import CurvePoint, RoundSelection, Run
-from coordinator.config import Config, ScratchConfig, WarmupConfig
+from coordinator.config import AggregationConfig, Config, ScratchConfig, WarmupConfig
 from coordinator.consultation import Consultation
 from coordinator.data import SeveralTasks, TaskData, as_several
 from coordinator.kinds.kind import Features, Fit
@@ -154,6 +154,8 @@ def train(
             task = None
         if task is None:
             task = _task(round_stage, student, consultation, number)
+        if number in refits_before(config.aggregation):
+            _refit(stage(f"refit before round {number + 1}"), task)
         _aggregate(round_stage, number, task)
 
     if config.finetune.epochs:
@@ -291,14 +293,33 @@ def _task(
             stage.config.head,
             stage.config.seed,
         )
+    _say_scores(stage, task, "their features")
+    return task
+
+
+def refits_before(config: AggregationConfig) -> set[int]:
+    """The rounds, counted from 0, before which the task heads are fitted again; evenly spread."""
+    every = config.refits + 1
+    return {config.rounds * part // every for part in range(1, every)} - {0}
+
+
+def _refit(stage: Stage, task: AmalgamationTask) -> None:
+    if stage.resumed():
+        return
+    with stage.run.timed("head"):
+        task.refit()
+    _say_scores(stage, task, "their features and the student's")
+    stage.finish(**task.nets())
+
+
+def _say_scores(stage: Stage, task: AmalgamationTask, features: str) -> None:
     for name, taught in task.taught.items():
-        metric = data.tasks[name].kind.metrics[0].replace("_", " ")
-        of_task = f" for {name}" if len(data.tasks) > 1 else ""
+        metric = stage.data.tasks[name].kind.metrics[0].replace("_", " ")
+        of_task = f" for {name}" if len(stage.data.tasks) > 1 else ""
         stage.progress.say(
-            f"A linear head on their features{of_task} reaches {taught.score:.1%} {metric} on the probe "
+            f"A linear head on {features}{of_task} reaches {taught.score:.1%} {metric} on the probe "
             "images, in cross-validation"
         )
-    return task
 
 
 def _aggregate(stage: Stage, number: int, task: AmalgamationTask) -> None:

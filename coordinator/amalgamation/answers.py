@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from coordinator.amalgamation.hints import maps_scale, signed_root
 from coordinator.answers.checks import check_answer
-from coordinator.teachers import Teacher
 from edge_teacher.contract.errors import CheckFailed
 
 
@@ -30,8 +30,21 @@ class TeacherAnswers:
     maps_probe: Tensor | None = None
 
 
+class Sight(Protocol):
+    """As much of a `Teacher` as is asked here. The student has it too."""
+
+    @property
+    def name(self) -> str: ...
+
+    def pooled(
+        self, images: NDArray[np.uint8], *, mirrored: bool = False
+    ) -> NDArray[np.float32]: ...
+
+    def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]: ...
+
+
 def ask(
-    teacher: Teacher,
+    teacher: Sight,
     probe: NDArray[np.uint8],
     transfer: NDArray[np.uint8],
     *,
@@ -60,11 +73,11 @@ def ask(
     return TeacherAnswers(*pooled, (of_transfer / scale).half(), of_probe)
 
 
-def _pooled(teacher: Teacher, images: NDArray[np.uint8], flips: bool) -> Tensor:
+def _pooled(teacher: Sight, images: NDArray[np.uint8], flips: bool) -> Tensor:
     return signed_root(torch.from_numpy(ask_pooled(teacher, images, flips=flips)))
 
 
-def ask_pooled(teacher: Teacher, images: NDArray[np.uint8], *, flips: bool) -> NDArray[np.float32]:
+def ask_pooled(teacher: Sight, images: NDArray[np.uint8], *, flips: bool) -> NDArray[np.float32]:
     """The pooled features of images uint8[N, H, W, 3], float32[N, C], as `ask` has them asked for."""
     what = "pooled features"
     pooled = check_answer(teacher.name, teacher.pooled(images), len(images), 2, what)
@@ -76,13 +89,13 @@ def ask_pooled(teacher: Teacher, images: NDArray[np.uint8], *, flips: bool) -> N
     return pooled
 
 
-def _maps(teacher: Teacher, images: NDArray[np.uint8]) -> Tensor:
+def _maps(teacher: Sight, images: NDArray[np.uint8]) -> Tensor:
     answer = check_answer(teacher.name, teacher.features(images), len(images), 4, "feature maps")
     return torch.from_numpy(answer)
 
 
 def _require_same(
-    teacher: Teacher,
+    teacher: Sight,
     one: NDArray[np.float32] | Tensor,
     other: NDArray[np.float32] | Tensor,
     what: str,

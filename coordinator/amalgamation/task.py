@@ -6,14 +6,17 @@ hint) and its checkpoint state; `aggregation` and `training` only run it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from coordinator.amalgamation.answers import TeacherAnswers
+from coordinator.amalgamation.answers import TeacherAnswers, ask
 from coordinator.amalgamation.hints import map_hint, pooled_hint, standardise
 from coordinator.amalgamation.translators import MapTranslator, PooledTranslator
 from coordinator.augmentation import Jitter
@@ -22,7 +25,7 @@ from coordinator.data import SeveralTasks
 from coordinator.kinds import Features, Taught
 from coordinator.kinds.kind import Fit, Moved, Teaching
 from coordinator.optimisation import derived_seed
-from coordinator.student import Student
+from coordinator.student import Student, features_of, pooled_features
 
 State = Mapping[str, Tensor]
 
@@ -34,6 +37,33 @@ class Losses(msgspec.Struct, frozen=True):
     hint_maps: float | None = None
     hint_pooled: float | None = None
     soft_targets: float | None = None
+
+
+class SoftTargets(nn.Module):
+    """A task's targets, [images, …]: state, for they change as the student does."""
+
+    soft: Tensor
+
+    def __init__(self, soft: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("soft", soft)
+
+
+@dataclass(frozen=True)
+class OwnSight:
+    """The student as one of those that are asked what they see."""
+
+    student: Student
+    name: str = "the student"
+
+    def pooled(self, images: NDArray[np.uint8], *, mirrored: bool = False) -> NDArray[np.float32]:
+        seen = np.ascontiguousarray(images[:, :, ::-1]) if mirrored else images
+        found: NDArray[np.float32] = pooled_features(self.student, seen).numpy()
+        return found
+
+    def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = features_of(self.student, images).map.numpy()
+        return found
 
 
 class AmalgamationTask:
@@ -67,12 +97,23 @@ class AmalgamationTask:
         self.images = torch.from_numpy(np.concatenate([data.transfer, data.probe_images]))
         self._transfer = len(data.transfer)
         self._shares = {name: task.weight for name, task in data.tasks.items()}
+        self._teach: dict[str, Callable[[Sequence[TeacherAnswers]], Taught]] = {}
         self.taught: dict[str, Taught] = {}
+        self._targets: dict[str, SoftTargets] = {}
+        self._targets_of: dict[str, str] = {}
         if config.soft_targets:
-            self.taught = {
-                name: _taught(data, name, answers, selected[name], config, head, seed)
-                for name in data.tasks
-            }
+            for name in data.tasks:
+                told = [answers[teacher] for teacher in sorted(selected[name])]
+                self._teach[name] = partial(
+                    _taught, data, name, told, config, Fit(head.folds, seed)
+                )
+                self.taught[name] = self._teach[name]([])
+                # Of other teachers they are other targets: what is saved of those is of no use.
+                key = f"targets of {name} by {', '.join(sorted(selected[name]))}"
+                self._targets_of[name] = key
+                self._targets[name] = SoftTargets(self.taught[name].soft)
+                if key in saved:
+                    self._targets[name].load_state_dict(saved[key])
         self._pooled: dict[str, Tensor] = {}
         self._maps: dict[str, Tensor] = {}
         self._translators: dict[str, nn.Module] = {}
@@ -123,7 +164,7 @@ class AmalgamationTask:
         if self._pooled:
             pooled_part = self._pooled_hints(features.pooled, index, weights)
             total = total + self.config.hint_pooled * pooled_part
-        if self.taught:
+        if self._targets:
             soft_part = self._soft_losses(student, features, index, jitter)
             total = total + self.config.soft_targets * soft_part
         return total, Losses(
@@ -132,7 +173,29 @@ class AmalgamationTask:
 
     def nets(self) -> dict[str, nn.Module]:
         """The trainable parts by name; their states are the task's checkpoint."""
-        return {"student": self.student, **self._translators}
+        targets = {self._targets_of[name]: net for name, net in self._targets.items()}
+        return {"student": self.student, **self._translators, **targets}
+
+    def refit(self) -> None:
+        """Fit the task heads again, on what the student itself sees beside what the teachers do.
+
+        By now it has learnt from thousands of images what no linear model on a few hundred can know,
+        and that tells the classes besides what the teachers see: the next targets are better.
+        """
+        if not self._teach:
+            return
+        maps = any(self.student.kind(name).wants_maps for name in self._teach)
+        own = ask(
+            OwnSight(self.student),
+            self.images[self._transfer :].numpy(),
+            self.images[: self._transfer].numpy(),
+            flips=self.config.flips,
+            maps=maps,
+            probe_maps=maps,
+        )
+        for name, teach in self._teach.items():
+            self.taught[name] = teach([own])
+            self._targets[name].soft.copy_(self.taught[name].soft)
 
     def translators(self, teachers: Iterable[str]) -> dict[str, nn.Module]:
         """The translators of some teachers, by the names that `nets` gives them."""
@@ -146,8 +209,8 @@ class AmalgamationTask:
         moved = Moved(jitter, height, width)
         losses = [
             self._shares[name]
-            * student.kind(name).soft_loss(student.head(name), features, taught.soft[index], moved)
-            for name, taught in self.taught.items()
+            * student.kind(name).soft_loss(student.head(name), features, targets.soft[index], moved)
+            for name, targets in self._targets.items()
         ]
         return torch.stack(losses).sum()
 
@@ -197,22 +260,21 @@ def joint_weights(
 def _taught(
     data: SeveralTasks,
     name: str,
-    answers: Mapping[str, TeacherAnswers],
-    selected: Iterable[str],
+    answers: Sequence[TeacherAnswers],
     config: AggregationConfig,
-    head: HeadConfig,
-    seed: int,
+    fit: Fit,
+    own: Sequence[TeacherAnswers],
 ) -> Taught:
-    """What a head on the features of one task's own teachers says about every image."""
+    """What a head on the features of one task's own teachers, and on `own`, says about every image."""
     task = data.tasks[name]
     return task.kind.teach(
         Teaching(
-            answers=[answers[teacher] for teacher in sorted(selected)],
+            answers=[*answers, *own],
             own=data.rows(name),
             labels=task.probe.labels,
             classes=len(task.classes),
             temperature=config.temperature,
-            fit=Fit(head.folds, seed),
+            fit=fit,
         )
     )
 

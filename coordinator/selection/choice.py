@@ -28,6 +28,9 @@ class Evidence:
         targets: [P, classes]; 1 where the class is in the image (one per row for a single label).
         features: what each teacher sees, [P, D]; asked for only if the strategy reads it.
         judge: the truth, for the oracle.
+        current: the teachers selected last.
+        sticky: added to a current teacher's score, in the strategy's own unit: who is to replace it must
+            be better by more than that.
     """
 
     student_maps: Maps
@@ -35,6 +38,11 @@ class Evidence:
     targets: NDArray[np.float32] | None = None
     features: Mapping[str, Features] = field(default_factory=dict)
     judge: Judge | None = None
+    current: Sequence[str] = ()
+    sticky: float = 0.0
+
+    def bonus(self, teacher: str) -> float:
+        return self.sticky if teacher in self.current else 0.0
 
     @property
     def teachers(self) -> list[str]:
@@ -84,10 +92,8 @@ class Strategy(Protocol):
         """Whether `Evidence.features` has to be there."""
         ...
 
-    def select(
-        self, evidence: Evidence, k: int, rng: np.random.Generator, current: Sequence[str] = ()
-    ) -> Selection:
-        """`current` are the teachers selected last. Raises UsageError if it cannot select `k`."""
+    def select(self, evidence: Evidence, k: int, rng: np.random.Generator) -> Selection:
+        """Raises UsageError if it cannot select `k`."""
         ...
 
 

@@ -27,16 +27,16 @@ class GreedyEvidence:
     name: str = "evidence"
     reads_features: bool = True
 
-    def select(
-        self, evidence: Evidence, k: int, rng: np.random.Generator, current: Sequence[str] = ()
-    ) -> Selection:
+    def select(self, evidence: Evidence, k: int, rng: np.random.Generator) -> Selection:
         names = evidence.teachers
         require_at_most(k, len(names))
         targets = evidence.targets
         if targets is None:
             raise UsageError("selection by evidence needs the labels of the probe set")
         kernels = {name: kernel(evidence.features[name]) for name in names}
-        order, steps = _greedy(kernels, lambda total: log_evidence(total, targets), k)
+        order, steps = _greedy(
+            kernels, lambda total: log_evidence(total, targets), k, evidence.bonus
+        )
         alone = steps[0]
         looks = attention(evidence, names)
         p = dict(zip(names, probabilities(np.array([alone[n] for n in names])), strict=True))
@@ -61,7 +61,10 @@ class GreedyEvidence:
 
 
 def _greedy(
-    kernels: dict[str, Floats], score: Callable[[Floats], float], k: int
+    kernels: dict[str, Floats],
+    score: Callable[[Floats], float],
+    k: int,
+    bonus: Callable[[str], float],
 ) -> tuple[list[str], list[dict[str, float]]]:
     """The names in the order they were chosen, and what every step made of every candidate."""
     order: list[str] = []
@@ -69,7 +72,7 @@ def _greedy(
     total = np.zeros_like(next(iter(kernels.values())))
     while len(order) < k:
         steps.append({n: score(total + kernels[n]) for n in sorted(kernels) if n not in order})
-        order.append(max(steps[-1], key=lambda name: steps[-1][name]))
+        order.append(max(steps[-1], key=lambda name: steps[-1][name] + bonus(name)))
         total = total + kernels[order[-1]]
     return order, steps
 

@@ -6,7 +6,7 @@ beat, `oracle` is what no strategy can beat, and needs a labelled test set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
@@ -40,16 +40,15 @@ def select(
     evidence: Evidence,
     k: int,
     rng: np.random.Generator,
-    current: Sequence[str] = (),
 ) -> Selection:
-    """Select by the strategy of that name; `current` are the teachers selected last.
+    """Select by the strategy of that name.
 
     Raises UsageError for an unknown strategy, no teacher, or k greater than there are teachers;
     CheckFailed for what is no answer about this probe set.
     """
     chosen = strategy_named(strategy)
     require_sound(evidence, chosen)
-    return chosen.select(evidence, k, rng, current)
+    return chosen.select(evidence, k, rng)
 
 
 def strategy_named(name: str) -> Strategy:
@@ -69,13 +68,12 @@ class ByAttention:
     choose: _Choose
     reads_features: bool = False
 
-    def select(
-        self, evidence: Evidence, k: int, rng: np.random.Generator, current: Sequence[str] = ()
-    ) -> Selection:
+    def select(self, evidence: Evidence, k: int, rng: np.random.Generator) -> Selection:
         looks = attention(evidence, evidence.teachers)
+        scored = {name: looks[name].score + evidence.bonus(name) for name in looks}
         # Equal scores stay in the order of their names.
-        names = sorted(looks, key=lambda name: looks[name].distance)
-        scores = np.array([looks[name].score for name in names])
+        names = sorted(looks, key=lambda name: -scored[name])
+        scores = np.array([scored[name] for name in names])
         p = probabilities(scores)
         weights, reasons = self.choose(p, k, rng)
         return Selection(
@@ -103,9 +101,7 @@ class Oracle:
     name: str = "oracle"
     reads_features: bool = True
 
-    def select(
-        self, evidence: Evidence, k: int, rng: np.random.Generator, current: Sequence[str] = ()
-    ) -> Selection:
+    def select(self, evidence: Evidence, k: int, rng: np.random.Generator) -> Selection:
         names = evidence.teachers
         require_at_most(k, len(names))
         if evidence.judge is None:

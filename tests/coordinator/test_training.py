@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator.config import Config, load_config
+from coordinator.config import AggregationConfig, Config, load_config
 from coordinator.data import LabelledImages, TaskData
 from coordinator.student import load_student, predict
-from coordinator.training import TrainingResult, train
+from coordinator.training import TrainingResult, refits_before, train
 from edge_teacher.contract.errors import CheckFailed, UsageError
 from tests.coordinator.local_teacher import LocalTeacher, coloured_images, random_teacher
 
@@ -290,3 +290,11 @@ def test_every_switch_runs(config: Config, tmp_path: Path) -> None:
     assert result.scratch is None
     assert set(result.accuracy) == {"fedsa"}
     assert np.isfinite(predict(result.student, DATA.transfer)).all()
+
+
+@pytest.mark.parametrize(
+    ("rounds", "refits", "before"),
+    [(10, 1, {5}), (14, 1, {7}), (9, 2, {3, 6}), (1, 3, set()), (4, 0, set())],
+)
+def test_refits_are_spread_evenly(rounds: int, refits: int, before: set[int]) -> None:
+    assert refits_before(AggregationConfig(rounds=rounds, refits=refits)) == before

@@ -157,9 +157,10 @@ def test_translators_go_on_from_their_saved_state() -> None:
     saved = {name: copy.deepcopy(net.state_dict()) for name, net in task.nets().items()}
     again = make_task({"items": 1.0}, saved=saved)
     for name, net in again.nets().items():
-        if name != "student":
+        if name in ("pooled items", "maps items"):
             assert all(torch.equal(v, saved[name][k]) for k, v in net.state_dict().items())
-    assert {n for n in again.nets() if n != "student"} == {"pooled items", "maps items"}
+    kept = {n for n in again.nets() if n != "student"}
+    assert kept == {"pooled items", "maps items", f"targets of {SINGLE} by items"}
 
 
 def test_the_soft_targets_come_of_all_selected_teachers_and_can_be_off() -> None:
@@ -167,3 +168,17 @@ def test_the_soft_targets_come_of_all_selected_teachers_and_can_be_off() -> None
     assert np.isfinite(both.score)
     assert not torch.equal(both.soft[:36], one.soft[:36])
     assert make_task(soft_targets=0.0).taught == {}
+
+
+def test_a_refit_reads_the_student_and_a_run_that_goes_on_keeps_its_targets() -> None:
+    task = make_task()
+    key = f"targets of {SINGLE} by items, t.1"
+    before = task.nets()[key].state_dict()["soft"].clone()
+    run(task)
+    task.refit()
+    after = task.nets()[key].state_dict()["soft"].clone()
+    assert not torch.equal(after[:36], before[:36])
+    assert torch.equal(after[36:], before[36:])  # the labels stay
+    assert loss(task).soft_targets != loss(make_task(saved={key: {"soft": before}})).soft_targets
+    saved = {name: copy.deepcopy(net.state_dict()) for name, net in task.nets().items()}
+    assert torch.equal(make_task(saved=saved).nets()[key].state_dict()["soft"], after)

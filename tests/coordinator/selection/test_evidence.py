@@ -127,3 +127,23 @@ def test_without_sound_features_there_is_no_evidence() -> None:
     bad[0, 0] = np.nan
     with pytest.raises(CheckFailed, match="b gave features that are not finite"):
         select("evidence", evidence(y, {"a": good, "b": bad}), 1, RNG(0))
+
+
+@pytest.mark.parametrize("strategy", ["evidence", "cosine"])
+def test_who_was_selected_last_stays_unless_another_is_better_by_more(strategy: str) -> None:
+    y = labels(60, 3)
+    features = {"a": telling(y, {0}, 1), "b": telling(y, {0, 1, 2}, 2)}
+    rng = RNG(3)
+    student = rng.random((60, 4, 4), np.float32)
+    maps = {"a": rng.random((60, 4, 4), np.float32), "b": student}
+
+    def chosen(sticky: float, current: tuple[str, ...]) -> set[str]:
+        shown = Evidence(
+            student, maps, targets=targets(y), features=features, current=current, sticky=sticky
+        )
+        return set(select(strategy, shown, 1, RNG(0)).weights)
+
+    assert chosen(0.0, ("a",)) == {"b"}
+    assert chosen(0.001, ("a",)) == {"b"}
+    assert chosen(5.0, ("a",)) == {"a"}
+    assert chosen(5.0, ()) == {"b"}
