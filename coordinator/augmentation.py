@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -55,6 +57,20 @@ class Jitter:
         return F.grid_sample(
             maps, grid, mode="bilinear", padding_mode="reflection", align_corners=False
         )
+
+
+def with_views(
+    images: NDArray[np.uint8], count: int, shift: int, random: torch.Generator
+) -> NDArray[np.uint8]:
+    """images [N, H, W, 3], then `count` jittered copies of each: [(1 + count) N, H, W, 3].
+
+    An answer is remembered for an image as it is, so a teacher never sees what a step makes of it. A few
+    fixed views it can be asked about like any other image, and they are always the same.
+    """
+    tensor = torch.from_numpy(images)
+    views = [Jitter.draw(len(images), shift, random).images(tensor) for _ in range(count)]
+    every: NDArray[np.uint8] = torch.cat([tensor, *views]).numpy()
+    return every
 
 
 def _mirrored(index: Tensor, size: int) -> Tensor:

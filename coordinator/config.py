@@ -146,6 +146,12 @@ class AggregationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     temperature: Annotated[
         float, Meta(gt=0, description="of the soft predictions; below 1 sharpens")
     ] = 0.5
+    views: Annotated[
+        int,
+        Meta(
+            ge=0, description="fixed random views of each unlabelled image that are asked about too"
+        ),
+    ] = 0
     refits: Annotated[
         int,
         Meta(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from coordinator.amalgamation.aggregation import RoundPlan, run_round
 from coordinator.amalgamation.task import AmalgamationTask, Losses
+from coordinator.augmentation import with_views
 from coordinator.checkpoints import CurvePoint, RoundSelection, Run
 from coordinator.config import AggregationConfig, Config, ScratchConfig, WarmupConfig
 from coordinator.consultation import Consultation
@@ -29,7 +30,7 @@ from coordinator.kinds.kind import Features, Fit
 from coordinator.labels import Probes
 from coordinator.loop import Drawn, Lesson
 from coordinator.measures import first_metric, measured
-from coordinator.optimisation import OneCycle, joint_steps, steps_per_epoch
+from coordinator.optimisation import OneCycle, joint_steps, stage_generator, steps_per_epoch
 from coordinator.progress import Progress, Silent
 from coordinator.ranks import ALONE, Ranks
 from coordinator.roster import Lost, Online, Roster
@@ -103,6 +104,10 @@ def train(
         raise UsageError("There is no teacher to learn from; start at least one device.")
     progress = progress or Silent()
     tasks = as_several(data)
+    if config.aggregation.views:
+        random = stage_generator(config.seed, "views")
+        views = with_views(tasks.transfer, config.aggregation.views, config.shift, random)
+        tasks = replace(tasks, transfer=views)
     require_judgeable(config, tasks)
     require_shares(config, tasks, ranks)
     cores = max(1, len(os.sched_getaffinity(0)) // ranks.local_world)

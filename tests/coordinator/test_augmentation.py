@@ -1,9 +1,10 @@
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from coordinator.augmentation import Jitter
+from coordinator.augmentation import Jitter, with_views
 
 
 def jitter(flip: bool, down: int, right: int) -> Jitter:
@@ -41,3 +42,15 @@ def test_draws_stay_in_range_and_repeat() -> None:
     assert first.shifts.max() == 3
     assert 0.4 < first.flips.float().mean() < 0.6
     assert torch.equal(first.rows(torch.tensor([4, 2])).shifts, first.shifts[[4, 2]])
+
+
+def test_views_come_behind_the_images_and_are_always_the_same() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    every = with_views(images, 2, 2, torch.Generator().manual_seed(3))
+    assert every.shape == (15, 8, 8, 3)
+    assert (every[:5] == images).all()
+    assert (every[5:10] != images).any()
+    assert (every[5:10] != every[10:]).any()
+    assert (every == with_views(images, 2, 2, torch.Generator().manual_seed(3))).all()
+    # A view has no pixel that its image has not.
+    assert set(every[7].reshape(-1, 3).tobytes()) <= set(images[2].tobytes())

@@ -298,3 +298,15 @@ def test_every_switch_runs(config: Config, tmp_path: Path) -> None:
 )
 def test_refits_are_spread_evenly(rounds: int, refits: int, before: set[int]) -> None:
     assert refits_before(AggregationConfig(rounds=rounds, refits=refits)) == before
+
+
+def test_the_teachers_are_asked_about_every_view(tmp_path: Path) -> None:
+    asked = {}
+    for views in (0, 2):
+        there = teachers()
+        config = msgspec.structs.replace(
+            CONFIG, aggregation=msgspec.structs.replace(CONFIG.aggregation, views=views, rounds=1)
+        )
+        train(config, DATA, there, tmp_path / str(views))
+        asked[views] = max(t.asked["pooled"] for t in there.values())
+    assert asked[2] - asked[0] == 2 * 2 * len(DATA.transfer)  # mirrored too
