@@ -56,8 +56,8 @@ from coordinator.training import train
 
 TRANSFER = 10_000
 PER_CLASS = {0.01: 50, 0.1: 500}
-ROUNDS = 8
-VIEWS = 4
+ROUNDS = 10
+VIEWS = 5
 METHODS = (
     *("scratch", "transfer", "central_all", "logits_all", "fedsa_paper"),
     *("fedsa_top3", "fedsa_top5", "random3", "fedsa_all"),

@@ -31,17 +31,24 @@ PAIRED = ("cifar10", "cifar10-animals", "cifar10-vehicles")
 
 def trials() -> list[Trial]:
     """In the order of what matters, so that a run that is cut short has most of it."""
-    first = ("scratch", "fedsa_top3", "fedsa_all", "random3", "central_all", "transfer")
-    found = [
-        Trial(m, "cifar10", 0.01, 0) for m in (*first, "logits_all", "fedsa_top5", "fedsa_paper")
-    ]
+    first = (
+        "scratch",
+        "fedsa_top3",
+        "random3",
+        "fedsa_all",
+        "central_all",
+        "transfer",
+        "fedsa_top5",
+    )
+    found = [Trial(m, "cifar10", 0.01, 0) for m in (*first, "logits_all", "fedsa_paper")]
+    pair = ("fedsa_top3", "random3")
+    for seed in range(3):
+        found += [Trial(m, task, 0.01, seed) for task in PAIRED for m in (*pair, "scratch")]
+    found += [Trial(m, "cifar10", 0.1, 0) for m in ("fedsa_top3", "scratch")]
     for seed in (1, 2):
         found += [Trial(m, "cifar10", 0.01, seed) for m in METHODS]
-    for seed in range(5):
-        for task in PAIRED:
-            found += [Trial(m, task, 0.01, seed) for m in ("fedsa_top3", "random3")]
-            if seed < 3:
-                found.append(Trial("scratch", task, 0.01, seed))
+    for seed in (3, 4):
+        found += [Trial(m, task, 0.01, seed) for task in PAIRED for m in pair]
     for seed in (0, 1):
         found += [
             Trial(m, "cifar10", 0.1, seed)
