@@ -29,11 +29,12 @@ _WORDS = {
 def main() -> None:
     matplotlib.use("Agg")
     found = msgspec.json.decode((RESULTS / "selection.json").read_bytes())
-    lines = msgspec.convert(found["selection"], list[Line])
-    plain = [line for line in lines if not line.left_out]
+    every = msgspec.convert(found["selection"], list[Line])
+    plain = [line for line in every if not line.left_out]
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.4), sharey=True)
     for axis, fleet in zip(axes, ("alike", "mixed"), strict=True):
-        _by_score(axis, [x for x in plain if x.fleet == fleet and x.k == 3], fleet)
+        lines = [x for x in plain if x.fleet == fleet and x.k == 3 and x.labels_per_class == 50]
+        _by_score(axis, lines, fleet)
     axes[0].set_ylabel("share of what a selection can gain")
     figure.tight_layout()
     figure.savefig(DOCS / "selection-scores.png", dpi=110)
@@ -67,6 +68,8 @@ def main() -> None:
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.set_xlabel(words)
         axis.legend(fontsize=8)
+    axes[0].set_xticks(range(1, 6))
+    axes[1].set_xticks([10, 20, 50])
     axes[0].set_ylabel("mean share, three tasks")
     figure.tight_layout()
     figure.savefig(DOCS / "selection-k.png", dpi=110)
