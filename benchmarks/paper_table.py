@@ -26,6 +26,8 @@ from edge_teacher.contract.errors import FedsaError
 from edge_teacher.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
+OUTCOMES = RESULTS / "outcomes"
+"""One file for each trial that is done, kept in the repository: who goes on need not begin."""
 PAIRED = ("cifar10", "cifar10-animals", "cifar10-vehicles")
 
 
@@ -57,11 +59,11 @@ def trials() -> list[Trial]:
     return list(dict.fromkeys(found))
 
 
-def outcomes(work: Path) -> list[Outcome]:
+def outcomes() -> list[Outcome]:
     """Of the trials that are done."""
     return [
         msgspec.json.decode(path.read_bytes(), type=Outcome)
-        for path in sorted((work / "outcomes").glob("*.json"))
+        for path in sorted(OUTCOMES.glob("*.json"))
     ]
 
 
@@ -173,7 +175,7 @@ def _selection_rows(path: Path) -> list[dict[str, object]]:
     if not path.exists():
         return []
     found: list[dict[str, object]] = msgspec.json.decode(path.read_bytes())["selection"]
-    return found
+    return [x for x in found if not x["left_out"] and x["labels_per_class"] == 50]
 
 
 def main() -> int:
@@ -191,8 +193,8 @@ def main() -> int:
         for archive, names in ((cifar, ("train", "test")), (tiny, ("train", "val"))):
             for name in names:
                 split(archive, name, work)
-        (work / "outcomes").mkdir(exist_ok=True)
-        done = {f"{o.method}-{o.task}-{o.labels:g}-{o.seed}" for o in outcomes(work)}
+        OUTCOMES.mkdir(parents=True, exist_ok=True)
+        done = {f"{o.method}-{o.task}-{o.labels:g}-{o.seed}" for o in outcomes()}
         due = [t for t in trials() if t.name not in done]
         due = [t for t in due if not options.only or t.method in options.only]
         with ProcessPoolExecutor(options.processes) as pool:
@@ -203,14 +205,12 @@ def main() -> int:
             running = {pool.submit(_run, trial, options.data, work): trial for trial in due}
             for number, future in enumerate(as_completed(running), start=1):
                 trial, outcome = running[future], future.result()
-                write_atomically(
-                    work / "outcomes" / f"{trial.name}.json", msgspec.json.encode(outcome)
-                )
-                write_results(outcomes(work), _selection_rows(study))
+                write_atomically(OUTCOMES / f"{trial.name}.json", msgspec.json.encode(outcome))
+                write_results(outcomes(), _selection_rows(study))
                 console.print(
                     f"{number}/{len(due)} {trial.name}: {outcome.accuracy:.4f}, {outcome.seconds} s"
                 )
-        write_results(outcomes(work), _selection_rows(study))
+        write_results(outcomes(), _selection_rows(study))
     except FedsaError as error:
         console.print(f"paper_table: {error}")
         return error.exit_code
