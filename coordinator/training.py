@@ -213,7 +213,7 @@ def require_enough(config: Config, teachers: int) -> None:
 
 
 def require_judgeable(config: Config, data: SeveralTasks) -> None:
-    """The oracle judges by the accuracy of a classifier. Raises UsageError for other kinds."""
+    """The oracle judges sets by a classifier's accuracy on test images. Raises UsageError if it cannot."""
     if config.selection.strategy != "oracle":
         return
     for name, task in data.tasks.items():
@@ -221,6 +221,11 @@ def require_judgeable(config: Config, data: SeveralTasks) -> None:
             raise UsageError(
                 f"The oracle judges by accuracy, and the task {name} is {task.probe.kind}; choose another "
                 "selection.strategy."
+            )
+        if task.test is None:
+            raise UsageError(
+                f"The oracle judges by labelled test images, and the task {name} has none: give them "
+                "(data.test), or choose another selection.strategy."
             )
 
 
@@ -298,7 +303,7 @@ def _task(
             stage.config.head,
             stage.config.seed,
         )
-    _say_scores(stage, task, "their features")
+    _say_scores(stage, task)
     return task
 
 
@@ -313,16 +318,17 @@ def _refit(stage: Stage, task: AmalgamationTask) -> None:
         return
     with stage.run.timed("head"):
         task.refit()
-    _say_scores(stage, task, "their features and the student's")
+    # No score is told: the student has learnt the labels that any fold of them would be held out of.
+    stage.progress.say("The task head was fitted again, on the student's own features too")
     stage.finish(**task.nets())
 
 
-def _say_scores(stage: Stage, task: AmalgamationTask, features: str) -> None:
+def _say_scores(stage: Stage, task: AmalgamationTask) -> None:
     for name, taught in task.taught.items():
         metric = stage.data.tasks[name].kind.metrics[0].replace("_", " ")
         of_task = f" for {name}" if len(stage.data.tasks) > 1 else ""
         stage.progress.say(
-            f"A linear head on {features}{of_task} reaches {taught.score:.1%} {metric} on the probe "
+            f"A linear head on their features{of_task} reaches {taught.score:.1%} {metric} on the probe "
             "images, in cross-validation"
         )
 
@@ -354,7 +360,7 @@ def _aggregate(stage: Stage, number: int, task: AmalgamationTask) -> None:
 
     with stage.run.timed("aggregate"):
         run_round(task, plan, learn)
-        stage.measure((number + 1) * len(task) * config.aggregation.epochs, task.student)
+        stage.measure(len(task) * config.aggregation.epochs, task.student)
     stage.run.forget_parts(stage.name)
     stage.finish(**task.nets())
 

@@ -14,6 +14,8 @@ from coordinator.amalgamation.hints import maps_scale, signed_root
 from coordinator.answers.checks import check_answer
 from edge_teacher.contract.errors import CheckFailed
 
+_BLOCK = 256
+
 
 @dataclass(frozen=True)
 class TeacherAnswers:
@@ -68,9 +70,19 @@ def ask(
     of_probe = _maps(teacher, probe) if probe_maps else None
     if of_probe is not None:
         _require_same(teacher, of_probe, of_transfer, "feature maps")
-        of_probe = (of_probe / scale).half()
-    # Scaled before it is halved: no teacher's values can then leave float16's range.
-    return TeacherAnswers(*pooled, (of_transfer / scale).half(), of_probe)
+        of_probe = _halved(of_probe, scale)
+    return TeacherAnswers(*pooled, _halved(of_transfer, scale), of_probe)
+
+
+def _halved(maps: Tensor, scale: Tensor) -> Tensor:
+    """maps / scale as float16: scaled first, so no teacher's values can leave its range.
+
+    By blocks, for a second copy of all of them in float32 may be more than there is room for.
+    """
+    halved = torch.empty(maps.shape, dtype=torch.float16)
+    for start in range(0, len(maps), _BLOCK):
+        halved[start : start + _BLOCK] = maps[start : start + _BLOCK] / scale
+    return halved
 
 
 def _pooled(teacher: Sight, images: NDArray[np.uint8], flips: bool) -> Tensor:

@@ -6,6 +6,7 @@ the selection said. So they are brought to unit scale over the transfer set firs
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,7 +36,9 @@ def maps_scale(maps: Tensor) -> Tensor:
 
     Not centred: zero means "nothing here" after a ReLU, and stays zero.
     """
-    return maps.square().mean().sqrt().clamp_min(_EPSILON)
+    # The norm makes no second copy of what can be hundreds of megabytes.
+    norm: Tensor = torch.linalg.vector_norm(maps)
+    return (norm / maps.numel() ** 0.5).clamp_min(_EPSILON)
 
 
 def signed_root(pooled: Tensor) -> Tensor:

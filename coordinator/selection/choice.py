@@ -129,6 +129,13 @@ def _require_saliency(who: str, maps: Maps, images: int) -> None:
         )
 
 
+def kept(evidence: Evidence, teacher: str) -> str:
+    """What to add to a reason where `sticky` had a say."""
+    if not evidence.bonus(teacher):
+        return ""
+    return f"; selected before, which counts {evidence.sticky:g}"
+
+
 def require_at_most(k: int, teachers: int) -> None:
     if k > teachers:
         raise UsageError(

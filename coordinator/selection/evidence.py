@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coordinator.selection.choice import Evidence, Selection, TeacherScore, require_at_most
+from coordinator.selection.choice import Evidence, Selection, TeacherScore, kept, require_at_most
 from coordinator.selection.marginal import Floats, kernel, log_evidence
 from coordinator.selection.saliency import attention, probabilities
 from edge_teacher.contract.errors import UsageError
@@ -53,7 +53,7 @@ class GreedyEvidence:
                     probability=float(p[name]),
                     flat_maps=looks[name].flat_maps,
                     weight=1 / k if name in order else 0.0,
-                    reason=reasons[name],
+                    reason=reasons[name] + kept(evidence, name),
                 )
                 for name in ranked
             ),
@@ -79,10 +79,13 @@ def _greedy(
 
 def _reasons(order: Sequence[str], steps: Sequence[dict[str, float]]) -> dict[str, str]:
     first = order[0]
-    reasons = {first: f"tells the labels best of all ({steps[0][first]:+.4f} nats)"}
+    best_alone = max(steps[0].values()) == steps[0][first]
+    words = "tells the labels best of all" if best_alone else "tells the labels"
+    reasons = {first: f"{words} ({steps[0][first]:+.4f} nats)"}
     before = steps[0][first]
     for name, step in zip(order[1:], steps[1:], strict=True):
-        reasons[name] = f"adds most to those before it ({step[name] - before:+.4f} nats)"
+        words = "adds most" if step[name] == max(step.values()) else "adds"
+        reasons[name] = f"{words} to those before it ({step[name] - before:+.4f} nats)"
         before = step[name]
     last = steps[-1]
     best = last[order[-1]]

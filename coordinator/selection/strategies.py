@@ -19,6 +19,7 @@ from coordinator.selection.choice import (
     Selection,
     Strategy,
     TeacherScore,
+    kept,
     require_at_most,
     require_sound,
 )
@@ -83,11 +84,11 @@ class ByAttention:
                     teacher=name,
                     similarity=looks[name].similarity,
                     distance=looks[name].distance,
-                    score=float(scores[i]),
+                    score=looks[name].score,
                     probability=float(p[i]),
                     flat_maps=looks[name].flat_maps,
                     weight=float(weights[i]),
-                    reason=reasons[i],
+                    reason=reasons[i] + kept(evidence, name),
                 )
                 for i, name in enumerate(names)
             ),

@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 from typing import Literal
 
@@ -8,6 +9,7 @@ import torch
 
 from coordinator.config import AggregationConfig, Config, load_config
 from coordinator.data import LabelledImages, TaskData
+from coordinator.results import curves
 from coordinator.student import load_student, predict
 from coordinator.training import TrainingResult, refits_before, train
 from edge_teacher.contract.errors import CheckFailed, UsageError
@@ -310,3 +312,21 @@ def test_the_teachers_are_asked_about_every_view(tmp_path: Path) -> None:
         train(config, DATA, there, tmp_path / str(views))
         asked[views] = max(t.asked["pooled"] for t in there.values())
     assert asked[2] - asked[0] == 2 * 2 * len(DATA.transfer)  # mirrored too
+
+
+def test_the_learning_curve_counts_every_image_once(tmp_path: Path) -> None:
+    result = train(CONFIG, DATA, teachers(), tmp_path)
+    rounds = [point for point in curves(result)["fedsa"] if point.stage.startswith("round")]
+    seen = [point.images_seen for point in rounds]
+    each = len(DATA.transfer) + len(DATA.probe)
+    assert [b - a for a, b in itertools.pairwise(seen)] == [each] * (len(seen) - 1)
+    assert seen[0] == CONFIG.warmup.epochs * len(DATA.probe) + each
+
+
+def test_the_oracle_needs_its_truth_before_anything_is_trained(tmp_path: Path) -> None:
+    config = msgspec.structs.replace(
+        CONFIG, selection=msgspec.structs.replace(CONFIG.selection, strategy="oracle")
+    )
+    with pytest.raises(UsageError, match=r"has none: give them \(data.test\)"):
+        train(config, TaskData(DATA.probe, DATA.transfer), teachers(), tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -147,3 +147,12 @@ def test_who_was_selected_last_stays_unless_another_is_better_by_more(strategy: 
     assert chosen(0.001, ("a",)) == {"b"}
     assert chosen(5.0, ("a",)) == {"a"}
     assert chosen(5.0, ()) == {"b"}
+    shown = Evidence(
+        student, maps, targets=targets(y), features=features, current=("a",), sticky=5.0
+    )
+    told = {t.teacher: t for t in select(strategy, shown, 1, RNG(0)).teachers}
+    # The score is what the strategy made of a teacher, and the reason says what else counted.
+    assert told["a"].score < told["b"].score
+    assert "selected before, which counts 5" in told["a"].reason
+    assert "best of all" not in told["a"].reason
+    assert "selected before" not in told["b"].reason
