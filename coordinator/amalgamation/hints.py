@@ -38,7 +38,7 @@ def maps_scale(maps: Tensor) -> Tensor:
     """
     # The norm makes no second copy of what can be hundreds of megabytes.
     norm: Tensor = torch.linalg.vector_norm(maps)
-    return (norm / maps.numel() ** 0.5).clamp_min(_EPSILON)
+    return norm.div(maps.numel() ** 0.5).clamp_min(_EPSILON)
 
 
 def signed_root(pooled: Tensor) -> Tensor:
