@@ -7,6 +7,7 @@ unusable input; 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import os
 import signal
@@ -24,7 +25,7 @@ from coordinator.cache_commands import add_cache
 from coordinator.export_commands import add_export
 from coordinator.task_flags import task_flags
 from coordinator.terminal import console as stderr
-from coordinator.terminal import percent, plain, print_json, printable, stdout
+from coordinator.terminal import interruption, percent, plain, print_json, printable, stdout
 from coordinator.train_command import add_train, finish, new_run, run_options, run_settings
 from edge_teacher import __version__
 from edge_teacher.contract.errors import FedsaError, UsageError
@@ -157,7 +158,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         # A full disk or a forbidden folder can meet any command.
         place = f" ({error.filename})" if error.filename else ""
-        stderr.print(f"fedsa: {error.strerror or error}{place}", soft_wrap=True)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "; free some space: a run goes on with --resume" if full else ""
+        stderr.print(f"fedsa: {error.strerror or error}{place}{advice}", soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         stderr.print("fedsa: interrupted; everything that was started has been ended")
@@ -169,13 +172,20 @@ def _terminable() -> Iterator[None]:
     """SIGTERM ends the command as Ctrl-C does: children are ended, nothing is left running."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        interruption.ask()
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    interruption.clear()
+    before = {
+        number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield
+    except KeyboardInterrupt:
+        interruption.clear()
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ── commands; each imports what it needs, so that none waits for torch that does not use it ──
@@ -305,7 +315,7 @@ def _predict(options: argparse.Namespace) -> int:
     table = Table("picture", "class", "probability", "student version")
     for row in rows:
         cells = (row["picture"], row["class"], row["probability"], row["version"])
-        table.add_row(*(printable(str(value)) for value in cells))
+        table.add_row(*("-" if value is None else printable(str(value)) for value in cells))
     stdout.print(table)
     return 0
 

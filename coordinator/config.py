@@ -9,6 +9,7 @@ are `[tasks.NAME]` in the file and `--tasks.NAME.key` as flags; no variable sets
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -201,8 +202,10 @@ class DistributedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All of it."""
 
-    seed: Annotated[int, Meta(ge=0, description="of every random choice")] = 0
-    threads: Annotated[int, Meta(ge=0, description="of the processor; 0: all its cores")] = 0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1, description="of every random choice")] = 0
+    threads: Annotated[
+        int, Meta(ge=0, le=1024, description="of the processor; 0: all its cores")
+    ] = 0
     batch: Annotated[int, Meta(ge=2, description="images in one step of training")] = 64
     shift: Annotated[int, Meta(ge=0, description="pixels a training image is shifted at most")] = 4
     weight_decay: Annotated[float, Meta(ge=0, description="of every weight, in every step")] = 5e-4
@@ -413,12 +416,23 @@ def _parse(key: str, text: str, origin: str) -> Any:
 
 def _convert(values: dict[str, Any], origin: str) -> Config:
     try:
-        return msgspec.convert(values, Config)
+        config = msgspec.convert(values, Config)
     except msgspec.ValidationError as error:
         where = re.search(r"`\$\.?([^`]*)`", str(error))
         key = where.group(1) if where else "the configuration"
         meaning = f" ({_description(_KEYS[key])})" if key in _KEYS else ""
         raise UsageError(f"{key} {origin}: {_sentence(error)}{meaning}.") from error
+    _require_finite(msgspec.to_builtins(config), "", origin)
+    return config
+
+
+def _require_finite(values: Mapping[str, Any], place: str, origin: str) -> None:
+    """TOML and Python read `inf`, which is in every range that has no upper end."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _require_finite(value, f"{place}{name}.", origin)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{place}{name} {origin} is {value}: it must be a finite number.")
 
 
 def _sentence(error: msgspec.ValidationError) -> str:

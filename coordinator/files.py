@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +10,6 @@ import torch
 
 from edge_teacher.contract.errors import UsageError
 from edge_teacher.files import write_atomically
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Nobody else works in `folder` meanwhile. Raises UsageError if somebody does."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"another command is at work in {folder}; wait for it, or name another"
-            ) from error
-        yield
 
 
 def save_tensors(path: Path, state: dict[str, Any]) -> None:

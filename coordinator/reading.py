@@ -14,13 +14,13 @@ from edge_teacher.contract.decisions import decisions
 
 @dataclass(frozen=True)
 class Reading:
-    """`named`: the class, or all of them separated by commas, the surest first. `probability` is that of
-    the first one (0 where no class is there), over all pixels of a dense task the share that has it.
+    """`named`: the class, or all of them separated by commas, the surest first; None where none is
+    there. `probability` is that of the first one, over all pixels of a dense task the share that has it.
     `details` are what else there is to tell, by name.
     """
 
-    named: str
-    probability: float
+    named: str | None
+    probability: float | None
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -37,8 +37,8 @@ def read_answer(logits: NDArray[np.float32], classes: Sequence[str], decision: s
         order = [int(i) for i in np.argsort(-odds, kind="stable")]
         every = {classes[i]: round(float(odds[i]), 4) for i in order}
         names = [classes[i] for i in order if found[i]]
-        sure = every[names[0]] if names else 0.0
-        return Reading(", ".join(names) or "none", sure, {"probabilities": every})
+        sure = every[names[0]] if names else None
+        return Reading(", ".join(names) or None, sure, {"probabilities": every})
     odds = np.exp(logits - logits.max())
     best = int(found)
     return Reading(classes[best], round(float(odds[best] / odds.sum()), 4))

@@ -19,6 +19,7 @@ from coordinator.progress import Progress
 from coordinator.ranks import Ranks
 from coordinator.student import Student
 from coordinator.tracking import Tracking
+from edge_teacher.contract.errors import CheckFailed, FedsaError
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,18 @@ class Stage:
             ranks=self.ranks,
             tracking=self.tracking,
         )
-        loop.learn(lesson, random)
+        try:
+            loop.learn(lesson, random)
+        except FedsaError:
+            raise
+        except Exception as error:
+            module = config.student.module
+            if not module:
+                raise
+            # The code is the user's, and may raise anything at any step.
+            raise CheckFailed(
+                f"the student {module} fails in {self.name}: {type(error).__name__}: {error}"
+            ) from error
 
     def drawn(self, index: Tensor, generator: torch.Generator) -> Drawn:
         return Drawn(index, Jitter.draw(len(index), self.config.shift, generator))

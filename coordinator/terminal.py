@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 from rich.console import Console
@@ -27,6 +27,34 @@ stdout = Console(highlight=False, markup=False, soft_wrap=True)
 
 _LINE_EVERY_S = 30.0
 """Where stderr is no terminal, a stage that takes longer says how far it is."""
+
+
+class Interruption:
+    """Ctrl-C, or SIGTERM: remembered, because an interrupt can be lost.
+
+    Python raises it wherever the main thread happens to be. In a callback of a library, or while a
+    module that is being imported tries what there is, it may be swallowed; the next step of progress then
+    raises it again.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def ask(self) -> NoReturn:
+        self._asked = True
+        raise KeyboardInterrupt
+
+    def heed(self) -> None:
+        """Raises KeyboardInterrupt, once, if it was asked for and got lost."""
+        if self._asked:
+            self.clear()
+            raise KeyboardInterrupt
+
+    def clear(self) -> None:
+        self._asked = False
+
+
+interruption = Interruption()
 
 
 def printable(text: str) -> str:
@@ -81,6 +109,7 @@ class TerminalProgress:
         self._bars.stop()
 
     def begin(self, stage: str, steps: int, done: int = 0) -> None:
+        interruption.heed()
         self.end()
         if not console.is_terminal:
             console.print(f"  {stage} …")
@@ -90,6 +119,7 @@ class TerminalProgress:
         self._task = self._bars.add_task(stage, total=max(1, steps), completed=done, note="")
 
     def advance(self, loss: float | None = None, images: int = 0) -> None:
+        interruption.heed()
         if self._task is None:
             return
         self._done += 1

@@ -136,13 +136,13 @@ def _train(options: argparse.Namespace) -> int:
     from coordinator.checkpoints import lost_in
     from coordinator.connection import connect
     from coordinator.data import read_configured
-    from coordinator.files import locked
     from coordinator.pipeline import TaskRun, Timings, run_task, train_along
     from coordinator.ranks import joined
     from coordinator.resume import keep
     from coordinator.terminal import TerminalProgress
     from coordinator.tracking import tracked
     from coordinator.training import require_enough
+    from edge_teacher.files import locked
 
     with ExitStack() as stack:
         ranks = stack.enter_context(joined(_distributed(options)))
@@ -180,7 +180,7 @@ def _train(options: argparse.Namespace) -> int:
             train_along(config, task, cache, ranks, connection, devices)
             return 0
         folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locked(folder))
+        stack.enter_context(locked(folder, "command"))
         keep(folder, begun, list(dict.fromkeys([*begun.devices, *names])))
         stderr.print(f"{len(devices)} teachers: {', '.join(names)}")
         stderr.print(f"This run is in {folder}; with --resume {folder.name} it goes on")

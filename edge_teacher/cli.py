@@ -21,6 +21,7 @@ from edge_teacher.agent.service import AgentConfig, serve
 from edge_teacher.bundle import TeacherCard
 from edge_teacher.contract.errors import FedsaError
 from edge_teacher.contract.topics import check_name
+from edge_teacher.files import locked
 from edge_teacher.keys import read_public
 from edge_teacher.rpc.address import parse_broker
 
@@ -104,7 +105,8 @@ def _run(options: argparse.Namespace) -> int:
     address = parse_broker(
         options.broker, ca=options.ca, certificate=options.certificate, key=options.key
     )
-    serve(config, address, stop)
+    with locked(config.state, "agent"):
+        serve(config, address, stop)
     return 0
 
 

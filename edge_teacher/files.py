@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from edge_teacher.contract.errors import UsageError
+
+
+@contextmanager
+def locked(folder: Path, who: str) -> Iterator[None]:
+    """Nobody else works in `folder`, which is made if it is missing, meanwhile.
+
+    Raises UsageError if somebody does (`who`, as people say), or if the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be used: {error.strerror}; name another") from error
+    with opened as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another {who} is at work in {folder}; wait for it, or name another"
+            ) from error
+        yield
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:

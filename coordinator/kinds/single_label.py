@@ -44,6 +44,11 @@ class SingleLabel:
                 )
             files.append((name.parts[0], name, content))
         classes = tuple(sorted({label for label, _, _ in files}))
+        if classes == ("images", "masks"):
+            raise UsageError(
+                f"{path} has images/ and masks/, which is a dense set and not two classes; set the kind "
+                "to dense."
+            )
         index = {label: i for i, label in enumerate(classes)}
         images = decode(path, [(name, content) for _, name, content in files])
         labels = np.array([index[label] for label, _, _ in files], dtype=np.int64)

@@ -105,11 +105,11 @@ def _made(path: str) -> nn.Module:
         ) from error
     except AttributeError as error:
         raise UsageError(f"student.module {path} cannot be imported: {error}") from error
-    except Exception as error:  # the code is the user's, and may raise anything
+    except (Exception, SystemExit) as error:  # the code is the user's, and may raise anything
         raise UsageError(f"importing {name} fails: {type(error).__name__}: {error}") from error
     try:
         made = factory()  # type: ignore[operator]  # what it is, is looked at below
-    except Exception as error:  # as above
+    except (Exception, SystemExit) as error:  # as above
         raise UsageError(
             f"student.module {path}, called without arguments, fails: "
             f"{type(error).__name__}: {error}"
@@ -153,7 +153,7 @@ def run_once(net: nn.Module, run: Callable[[nn.Module], Tensor], what: str) -> T
             return run(net)
     except UsageError:
         raise
-    except Exception as error:  # the code is the user's, and may raise anything
+    except (Exception, SystemExit) as error:  # the code is the user's, and may raise anything
         raise UsageError(
             f"the student {what} cannot take two images float[2, 3, H, W] of the task's size: "
             f"{type(error).__name__}: {error}"

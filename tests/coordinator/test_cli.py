@@ -18,9 +18,9 @@ import torch
 
 from coordinator import files
 from coordinator.cli import main
-from coordinator.files import locked
 from coordinator.terminal import printable
 from edge_teacher.contract.errors import UsageError
+from edge_teacher.files import locked
 from edge_teacher.keys import private_key_at
 from tests.brokers import Mosquitto, free_port
 from tests.examples import ROOT
@@ -106,9 +106,9 @@ def test_more_teachers_wanted_than_there_are_leaves_no_folder(
 
 
 def test_one_command_at_a_time_in_a_folder(tmp_path: Path) -> None:
-    with locked(tmp_path), pytest.raises(UsageError, match="another command is at work"):
-        locked(tmp_path).__enter__()
-    with locked(tmp_path):
+    with locked(tmp_path, "command"), pytest.raises(UsageError, match="another command is at work"):
+        locked(tmp_path, "command").__enter__()
+    with locked(tmp_path, "command"):
         pass
 
 

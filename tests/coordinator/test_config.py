@@ -161,3 +161,16 @@ def test_no_variable_sets_a_task() -> None:
         load_config(None, environ={"FEDSA_TASKS_A_PROBE": "x"})
     with pytest.raises(UsageError, match=r"tasks\.a\.k .*a task has the keys"):
         load_config(None, {"tasks.a.k": "1"}, {})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("warmup.rate", "inf", "warmup.rate .* is inf: it must be a finite number"),
+        ("seed", "99999999999999999999", "seed"),
+        ("threads", "100000", "threads"),
+    ],
+)
+def test_what_no_machine_can_take_is_refused(key: str, value: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        load_config(None, {key: value}, {})

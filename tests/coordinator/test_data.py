@@ -175,3 +175,11 @@ def test_the_example_data_is_what_its_readme_says() -> None:
     # No image is in two of the sets.
     everything = np.concatenate([data.probe.images, data.transfer, data.test.images])
     assert len({image.tobytes() for image in everything}) == 5500
+
+
+def test_a_dense_set_is_not_taken_for_two_classes(tmp_path: Path) -> None:
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / "0.png")
+    with pytest.raises(UsageError, match="which is a dense set and not two classes"):
+        read_labelled(tmp_path)

@@ -135,7 +135,8 @@ def test_answers_in_words() -> None:
     said = read_answer(np.array([1.0, -2.0, 3.0], np.float32), "abc", "each")
     assert said.named == "c, a"
     assert said.details["probabilities"]["b"] == pytest.approx(0.1192)
-    assert read_answer(-np.ones(3, np.float32), "abc", "each").named == "none"
+    nothing = read_answer(-np.ones(3, np.float32), "abc", "each")
+    assert (nothing.named, nothing.probability) == (None, None)
     pixels = np.zeros((3, 2, 2), np.float32)
     pixels[2, 0] = 1
     pixels[1, 1, 0] = 1

@@ -86,7 +86,7 @@ BAD = [
     (run_with(bundle="garbage"), 1, "garbage is damaged or no bundle"),
     (run_with(bundle="student.fedsa"), 1, "student.fedsa holds a student"),
     (run_with(owner_key="coordinator.pub"), 1, "not trusted here"),
-    (run_with(state="garbage/state"), 2, "garbage/state/students cannot be used"),
+    (run_with(state="garbage/state"), 2, "garbage/state cannot be used"),
     (run_with(), 1, "no broker answers at mqtt://127.0.0.1:1"),
     (["info", "teacher.fedsa"], 2, "--owner-key"),
     (["info", "nowhere", "--owner-key", "owner.pub"], 2, "nowhere cannot be read"),
@@ -202,6 +202,23 @@ class TestRun:
         assert arrived.wait(WAIT_S)
         assert not frame.decode(retained[0].payload, State)[0].online
         late.close()
+
+    def test_two_agents_do_not_share_a_state(
+        self, process: subprocess.Popen[str], folder: Path
+    ) -> None:
+        assert isinstance(process.args, list)
+        second = subprocess.run(
+            process.args,
+            cwd=folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+        )
+        assert second.returncode == 2
+        assert "another agent is at work in" in second.stderr
+        assert "Traceback" not in second.stderr
 
     def test_killed_it_is_offline_by_its_will(self, process: subprocess.Popen[str]) -> None:
         process.kill()

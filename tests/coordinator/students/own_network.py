@@ -61,3 +61,27 @@ def no_module() -> int:
 
 def takes_one_channel() -> nn.Module:
     return nn.Conv2d(1, 8, 3)
+
+
+def leaves() -> nn.Module:
+    raise SystemExit(0)
+
+
+class Late(nn.Module):
+    """Does well for a while."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls > 8:
+            raise RuntimeError("not today")
+        found: Tensor = self.conv(x)
+        return found
+
+
+def late() -> nn.Module:
+    return Late()

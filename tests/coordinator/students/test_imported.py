@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -16,7 +17,7 @@ from coordinator.packaging import package_student
 from coordinator.student import Student, StudentSpec, grad_cam, load_student, predict, save_student
 from coordinator.training import train
 from edge_teacher import bundle as bundles
-from edge_teacher.contract.errors import UsageError
+from edge_teacher.contract.errors import CheckFailed, UsageError
 from export.student import FP32, INT8_CPU, INT8_TENSORRT
 from tests.coordinator.local_teacher import coloured_images
 from tests.coordinator.test_training import DATA, Interrupted, Watch, teachers, variant
@@ -156,3 +157,17 @@ def test_what_is_wrong_with_a_module_is_one_sentence(module: str, layer: str, wo
 def test_a_layer_without_a_module_is_said() -> None:
     with pytest.raises(UsageError, match=r"feature_layer names a layer of student\.module"):
         load_config(None, {"student.feature_layer": "layer4"}, {})
+
+
+def test_what_the_users_code_raises_is_one_sentence() -> None:
+    with pytest.raises(UsageError, match="called without arguments, fails: SystemExit"):
+        student("leaves")
+
+
+def test_a_network_that_fails_in_the_midst_of_training_is_named(tmp_path: Path) -> None:
+    late = msgspec.structs.replace(
+        CONFIG,
+        student=msgspec.structs.replace(CONFIG.student, module=f"{HERE}:late", feature_layer=""),
+    )
+    with pytest.raises(CheckFailed, match=r"own_network:late fails in .*: RuntimeError: not today"):
+        train(late, DATA, teachers(), tmp_path)
