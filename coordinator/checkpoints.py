@@ -79,6 +79,8 @@ class Record(msgspec.Struct):
     seconds: dict[str, float] = {}
     lost: list[Lost] = []
     """Teachers that were set aside, in the order in which they were."""
+    about: dict[str, str] = {}
+    """By teacher, what it is, in words: for one that is gone when the report is written."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class Run:
         data: SeveralTasks,
         teachers: Mapping[str, str],
         ranks: Ranks = ALONE,
+        about: Mapping[str, str] | None = None,
     ) -> Run:
         """Begin a run in `folder`, or go on with the one that is there.
 
@@ -143,6 +146,7 @@ class Run:
         first of several processes has the folder.
         """
         fresh = Record(_settings(config), fingerprint(data), dict(sorted(teachers.items())))
+        fresh.about = dict(about or {})
         for what in ("config", "data", "teachers"):
             ranks.require_same(f"the {what}", getattr(fresh, what))
         run = ranks.first_does(lambda: cls._open(folder, fresh))
@@ -163,6 +167,8 @@ class Run:
                     f"{folder} holds a run with other {what}{_difference(run.record, fresh, what)}; "
                     "go on with the same, or name a new folder."
                 )
+        # One that was begun before these were kept has them from now on.
+        run.record.about = fresh.about | run.record.about
         return run
 
     def selected(self, number: int) -> bool:

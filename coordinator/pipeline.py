@@ -38,6 +38,7 @@ from coordinator.report import (
 )
 from coordinator.results import (
     Deployed,
+    about,
     curves,
     joint_accuracy,
     joint_metric,
@@ -153,6 +154,7 @@ def run_task(
             online,
             ranks=run.ranks,
             tracking=run.tracking,
+            about={device.name: about(device.card) for device in devices},
         )
     timings.seconds.update({stage: round(s, 2) for stage, s in result.seconds.items()})
 
@@ -164,7 +166,7 @@ def run_task(
         # A run that was gone on with has stages of earlier sessions.
         total = max(before + time.monotonic() - began, sum(timings.seconds.values()))
         tasks = tuple(
-            task_result(name, _on_devices(run, name), result, packaged[name], devices, deployed)
+            task_result(name, _on_devices(run, name), result, packaged[name], deployed)
             for name in result.data.tasks
         )
         found = Report(
