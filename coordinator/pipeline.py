@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -94,6 +94,8 @@ class TaskRun:
     deploy: bool
     ranks: Ranks = ALONE
     tracking: Tracking = UNTRACKED
+    accepted: Callable[[], None] = lambda: None
+    """Called once the folder is known to be that of this very run."""
 
 
 def train_along(
@@ -155,6 +157,7 @@ def run_task(
             ranks=run.ranks,
             tracking=run.tracking,
             about={device.name: about(device.card) for device in devices},
+            accepted=run.accepted,
         )
     timings.seconds.update({stage: round(s, 2) for stage, s in result.seconds.items()})
 

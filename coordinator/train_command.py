@@ -181,7 +181,7 @@ def _train(options: argparse.Namespace) -> int:
             return 0
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(folder))
-        keep(folder, begun, list(dict.fromkeys([*begun.devices, *names])))
+        there_now = list(dict.fromkeys([*begun.devices, *names]))
         stderr.print(f"{len(devices)} teachers: {', '.join(names)}")
         stderr.print(f"This run is in {folder}; with --resume {folder.name} it goes on")
         tracking = stack.enter_context(tracked(folder, folder.name, config, stderr.print))
@@ -196,6 +196,8 @@ def _train(options: argparse.Namespace) -> int:
             deploy=begun.deploy,
             ranks=ranks,
             tracking=tracking,
+            # A setting that is refused, mistyped say, must not be what the run goes on with.
+            accepted=lambda: keep(folder, begun, there_now),
         )
         with TerminalProgress() as progress:
             report = run_task(run, connection, devices, progress, timings)

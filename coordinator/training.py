@@ -10,7 +10,7 @@ and ends with the same weights.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -92,6 +92,7 @@ def train(
     ranks: Ranks = ALONE,
     tracking: Tracking = UNTRACKED,
     about: Mapping[str, str] | None = None,
+    accepted: Callable[[], None] = lambda: None,
 ) -> TrainingResult:
     """Train a student for `data`, one task or several, from `teachers`, keeping state in `folder`.
 
@@ -102,7 +103,8 @@ def train(
     `folder` holds another run, and CheckFailed, naming everyone who was set aside, when fewer than
     `devices.least` are left. Of several processes, `ranks`, only the first writes and decides who is
     there; `teachers` are then those that all of them ask together. `about`:
-    what each teacher is, in words, for the report.
+    what each teacher is, in words, for the report. `accepted` is called once it is certain that the
+    folder is that of this very run.
     """
     if not teachers:
         raise UsageError("There is no teacher to learn from; start at least one device.")
@@ -120,6 +122,7 @@ def train(
     identities = {name: teacher.identity for name, teacher in teachers.items()}
     run = Run.open(folder, config, tasks, identities, ranks, about)
     require_enough(config, len(run.record.teachers))
+    accepted()
     tracking.begin(run.record.steps)
     there = online or (lambda: identities)
     roster = Roster(

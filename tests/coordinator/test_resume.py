@@ -6,6 +6,8 @@ from coordinator.cli import main
 from coordinator.config import load_config
 from coordinator.resume import Begun, begun_with, keep
 from edge_teacher.contract.errors import UsageError
+from tests.brokers import Mosquitto
+from tests.coordinator.small_fleet import small_fleet
 
 BEGUN = Begun(
     task="tints",
@@ -40,6 +42,19 @@ def test_a_run_that_is_not_there_is_said_with_those_that_are(
     assert "there is no run yours" in capsys.readouterr().err
     with pytest.raises(UsageError, match="there: mine"):
         begun_with(tmp_path / "yours", None, {})
+
+
+def test_a_setting_that_is_refused_is_not_kept(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    with small_fleet(tmp_path, mosquitto.address, transfer=60) as fleet:
+        runs = tmp_path / "runs"
+        assert main(fleet.train(runs, "--name", "mine")) == 0
+        kept = [(runs / "mine" / file).read_text() for file in ("settings.toml", "command.json")]
+        resume = ["train", "--runs", str(runs), "--resume", "mine"]
+        assert main([*resume, "--selection.k", "2", "--seed", "5"]) == 2
+        assert kept == [
+            (runs / "mine" / file).read_text() for file in ("settings.toml", "command.json")
+        ]
+        assert main(resume) == 0
 
 
 def test_a_file_that_is_broken_is_said(tmp_path: Path) -> None:
