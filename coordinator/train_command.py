@@ -14,7 +14,7 @@ from rich.table import Table
 from coordinator.task_flags import require_settings
 from coordinator.terminal import console as stderr
 from coordinator.terminal import percent, plain, print_json, printable, stdout
-from edge_teacher.contract.errors import UsageError
+from edge_teacher.contract.errors import Unreachable, UsageError
 from edge_teacher.contract.topics import check_name
 from edge_teacher.keys import private_key_at
 from edge_teacher.rpc.address import parse_broker
@@ -133,7 +133,7 @@ def _count(text: str) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from coordinator.checkpoints import begun as has_checkpoint
-    from coordinator.checkpoints import lost_in
+    from coordinator.checkpoints import waited_for
     from coordinator.connection import connect
     from coordinator.data import read_configured
     from coordinator.files import locked
@@ -165,9 +165,16 @@ def _train(options: argparse.Namespace) -> int:
         connection = stack.enter_context(connect(address, name=name))
 
         def there() -> list[str]:
-            # Who was lost may be gone for good: the run waits for the others.
-            wanted = [name for name in begun.devices if name not in lost_in(folder)]
-            found = connection.fleet.wait(options.teachers, names=wanted)
+            # Who was lost may be gone for good: the run waits for the others, a while.
+            wanted = waited_for(folder, begun.devices)
+            try:
+                found = connection.fleet.wait(options.teachers, names=wanted)
+            except Unreachable:
+                found = connection.fleet.devices()
+                missing = sorted(set(wanted) - {device.name for device in found})
+                if not has_checkpoint(folder) or not missing or len(missing) == len(wanted):
+                    raise
+                stderr.print(f"Missing, and the run goes on without: {', '.join(missing)}")
             names = [d.name for d in found if not begun.devices or d.name in begun.devices]
             if not has_checkpoint(folder):  # a run that is gone on with may have lost some
                 require_enough(config, len(names))

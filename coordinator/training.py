@@ -98,13 +98,13 @@ def train(
 
     Writes `folder`/checkpoint.pt after every stage and every `config.checkpoint_s` seconds within
     one, and `folder`/student.pt at the end. A teacher that does not answer, or not with what makes
-    sense, is set aside, and the run goes on with the others; `online` says who is there, so that one
-    that has come back is asked again at the next selection. Raises UsageError without teachers or if
-    `folder` holds another run, and CheckFailed, naming everyone who was set aside, when fewer than
-    `devices.least` are left. Of several processes, `ranks`, only the first writes and decides who is
-    there; `teachers` are then those that all of them ask together. `about`:
-    what each teacher is, in words, for the report. `accepted` is called once it is certain that the
-    folder is that of this very run.
+    sense, or that is missing when a run is gone on with, is set aside, and the run goes on with the
+    others; `online` says who is there, so that one that has come back is asked again at the next
+    selection. Raises UsageError without teachers or if `folder` holds another run, and CheckFailed,
+    naming everyone who was set aside, when fewer than `devices.least` are left. Of several processes,
+    `ranks`, only the first writes and decides who is there; `teachers` are then those that all of them
+    ask together. `about`: what each teacher is, in words, for the report. `accepted` is called once it
+    is certain that `folder` is for this very run.
     """
     if not teachers:
         raise UsageError("There is no teacher to learn from; start at least one device.")
@@ -134,6 +134,7 @@ def train(
         online=lambda: ranks.first_does(there),
         keep=run.save,
     )
+    roster.missing(run.record.teachers)
     spec = StudentSpec.of_images(
         tasks.transfer,
         {name: HeadSpec(t.probe.kind, t.classes) for name, t in tasks.tasks.items()},
