@@ -193,6 +193,12 @@ class Run:
         self.nets.update(nets)
         self.save()
 
+    def began(self, stage: str) -> bool:
+        """Whether an earlier process learnt something in this stage, or finished a part of it."""
+        parts = f"{stage}, "
+        inside = self.midway is not None and f"{self.midway.stage}, ".startswith(parts)
+        return inside or any(done.startswith(parts) for done in self.record.finished)
+
     def begin_again(self, stage: str) -> None:
         """A stage that is not finished starts from its first step, with the nets as they are."""
         self.midway = None

@@ -196,6 +196,20 @@ def test_a_run_that_lost_somebody_is_gone_on_with_to_the_same_end(
     assert [lost.teacher for lost in resumed.lost] == ["liar"]
 
 
+def test_a_part_that_was_learnt_with_somebody_who_is_gone_is_learnt_again(tmp_path: Path) -> None:
+    config = msgspec.structs.replace(
+        changed("aggregation", EVERYBODY, form="fedavg"), checkpoint_s=1e9
+    )
+    fleet = honest("a", "b") | {"c": Liar("c", 2, "pooled", SPOILT["gone"], after=4)}
+    of_a_part = -(-(24 + 60) // config.batch)
+    with pytest.raises(Interrupted):
+        train(config, DATA, fleet, tmp_path, Watch("round 2", of_a_part + 2))
+    watch = Watch()
+    train(config, DATA, fleet, tmp_path, watch)
+    assert "round 2, a" in [name for name, _ in watch.stages]
+    assert any("round 2 begins again" in said for said in watch.said)
+
+
 def killed_in_round_2(config: Config, folder: Path) -> set[str]:
     """Who was selected by then, of a, b and c."""
     with pytest.raises(Interrupted):
