@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,8 @@ class Record(msgspec.Struct):
     seconds: dict[str, float] = {}
     lost: list[Lost] = []
     """Teachers that were set aside, in the order in which they were."""
+    about: dict[str, str] = {}
+    """By teacher, what it is, in words: for one that is gone when the report is written."""
 
 
 @dataclass(frozen=True)
@@ -135,14 +137,16 @@ class Run:
         data: SeveralTasks,
         teachers: Mapping[str, str],
         ranks: Ranks = ALONE,
+        about: Mapping[str, str] | None = None,
     ) -> Run:
         """Begin a run in `folder`, or go on with the one that is there.
 
         Raises UsageError if the run there was started with other settings, data or teachers: going
-        on would mix two experiments. A teacher that the run had set aside may be missing. Only the
-        first of several processes has the folder.
+        on would mix two experiments. Teachers may be missing, and one that the run had set aside may
+        have another network. Only the first of several processes has the folder.
         """
         fresh = Record(_settings(config), fingerprint(data), dict(sorted(teachers.items())))
+        fresh.about = dict(about or {})
         for what in ("config", "data", "teachers"):
             ranks.require_same(f"the {what}", getattr(fresh, what))
         run = ranks.first_does(lambda: cls._open(folder, fresh))
@@ -156,13 +160,15 @@ class Run:
             return cls(folder, fresh, {})
         run = _read(path)
         for what in ("config", "data", "teachers"):
-            if what == "teachers" and _same_but_for_the_lost(run.record, fresh):
+            if what == "teachers" and _none_is_another(run.record, fresh):
                 continue
             if getattr(run.record, what) != getattr(fresh, what):
                 raise UsageError(
                     f"{folder} holds a run with other {what}{_difference(run.record, fresh, what)}; "
                     "go on with the same, or name a new folder."
                 )
+        # One that was begun before these were kept has them from now on.
+        run.record.about = fresh.about | run.record.about
         return run
 
     def selected(self, number: int) -> bool:
@@ -186,6 +192,12 @@ class Run:
         self.midway = midway
         self.nets.update(nets)
         self.save()
+
+    def began(self, stage: str) -> bool:
+        """Whether an earlier process learnt something in this stage, or finished a part of it."""
+        parts = f"{stage}, "
+        inside = self.midway is not None and f"{self.midway.stage}, ".startswith(parts)
+        return inside or any(done.startswith(parts) for done in self.record.finished)
 
     def begin_again(self, stage: str) -> None:
         """A stage that is not finished starts from its first step, with the nets as they are."""
@@ -237,11 +249,13 @@ def begun(folder: Path) -> bool:
     return _path(folder).exists()
 
 
-def lost_in(folder: Path) -> set[str]:
-    """The teachers that the run in `folder` is going on without; none if there is no run."""
+def waited_for(folder: Path, named: Sequence[str]) -> list[str]:
+    """Of those `named`, or of all that a run in `folder` has, those that it has not lost."""
     if not begun(folder):
-        return set()
-    return {one.teacher for one in _read(_path(folder)).record.lost if not one.back}
+        return list(named)
+    record = _read(_path(folder)).record
+    away = {one.teacher for one in record.lost if not one.back}
+    return [name for name in named or record.teachers if name not in away]
 
 
 def fingerprint(data: SeveralTasks) -> str:
@@ -285,10 +299,12 @@ def _settings(config: Config) -> str:
     return config_toml(neutral)
 
 
-def _same_but_for_the_lost(there: Record, here: Record) -> bool:
+def _none_is_another(there: Record, here: Record) -> bool:
+    """Nobody is new, and nobody that the run learns from has another network; some may be missing."""
     away = {one.teacher for one in there.lost if not one.back}
-    return here.teachers.items() <= there.teachers.items() and (
-        there.teachers.keys() - here.teachers.keys() <= away
+    return all(
+        name in there.teachers and (name in away or there.teachers[name] == identity)
+        for name, identity in here.teachers.items()
     )
 
 
@@ -300,13 +316,13 @@ def _difference(there: Record, here: Record, what: str) -> str:
                 return f" ({old.split('  #')[0]} there, {new.split('  #')[0]} here)"
     if what == "teachers":
         parts = {
-            "missing now": there.teachers.keys() - here.teachers.keys(),
             "new": here.teachers.keys() - there.teachers.keys(),
             "another network now": {
                 name
                 for name in there.teachers.keys() & here.teachers.keys()
                 if there.teachers[name] != here.teachers[name]
-            },
+            }
+            - {one.teacher for one in there.lost if not one.back},
         }
         said = [f"{why}: {', '.join(sorted(names))}" for why, names in parts.items() if names]
         return f" ({'; '.join(said)}; --device chooses)"

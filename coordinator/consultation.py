@@ -131,20 +131,25 @@ class Consultation:
             yield
         except CheckFailed:
             record = self._run.record
-            if self._run.midway is None:
+            if not self._run.began(self._stage(number)):
                 record.selections = [s for s in record.selections if s.round != number]
                 self._run.save()
             raise
 
     def _begin_again(self, number: int) -> None:
         """What an earlier process had in hand of this stage was about other teachers."""
-        if self._run.midway is None:
+        stage = self._stage(number)
+        if not self._run.began(stage):
             return
-        stage = self._run.midway.stage.split(", ")[0]
         self._run.begin_again(stage)
         self._progress.say(
             f"{stage} begins again, from the student as it was left, for somebody it learnt from is gone"
         )
+
+    def _stage(self, number: int) -> str:
+        """After the last round there is the fine-tuning."""
+        last = number == self._config.aggregation.rounds
+        return "fine-tune" if last else f"round {number + 1}"
 
     def _look(self, names: set[str], words: str) -> None:
         probe = self.looked.probe_images

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -38,6 +38,7 @@ from coordinator.report import (
 )
 from coordinator.results import (
     Deployed,
+    about,
     curves,
     joint_accuracy,
     joint_metric,
@@ -93,6 +94,8 @@ class TaskRun:
     deploy: bool
     ranks: Ranks = ALONE
     tracking: Tracking = UNTRACKED
+    accepted: Callable[[], None] = lambda: None
+    """Called once the folder is known to be that of this very run."""
 
 
 def train_along(
@@ -153,6 +156,8 @@ def run_task(
             online,
             ranks=run.ranks,
             tracking=run.tracking,
+            about={device.name: about(device.card) for device in devices},
+            accepted=run.accepted,
         )
     timings.seconds.update({stage: round(s, 2) for stage, s in result.seconds.items()})
 
@@ -164,7 +169,7 @@ def run_task(
         # A run that was gone on with has stages of earlier sessions.
         total = max(before + time.monotonic() - began, sum(timings.seconds.values()))
         tasks = tuple(
-            task_result(name, _on_devices(run, name), result, packaged[name], devices, deployed)
+            task_result(name, _on_devices(run, name), result, packaged[name], deployed)
             for name in result.data.tasks
         )
         found = Report(

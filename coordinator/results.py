@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from coordinator.amalgamation.task import joint_weights
-from coordinator.fleet import Device
 from coordinator.packaging import PackagedStudent
 from coordinator.report import (
     Accuracy,
@@ -19,6 +18,7 @@ from coordinator.report import (
 )
 from coordinator.selection import Selection
 from coordinator.training import TrainingResult
+from edge_teacher.contract.messages import Card
 
 Deployed = Mapping[str, dict[str, float]]
 """By task: what each device's answers reach, in the kind's first metric; only tasks that have a test set."""
@@ -29,7 +29,6 @@ def task_result(
     called: str,
     result: TrainingResult,
     packaged: PackagedStudent,
-    devices: Sequence[Device],
     deployed: Deployed | None,
 ) -> TaskResult:
     task = result.data.tasks[name]
@@ -51,7 +50,7 @@ def task_result(
             fedsa_int8=int8.accuracy,
             deployed=None if deployed is None else deployed.get(name),
         ),
-        teachers=_teachers(result.last_selections()[name], devices),
+        teachers=_teachers(result.last_selections()[name], result.about),
         student=packaged.report,
         version=packaged.card.version,
     )
@@ -118,26 +117,28 @@ def together(tasks: Sequence[TaskResult]) -> tuple[TeacherResult, ...]:
     return tuple(sorted(found, key=lambda teacher: -teacher.score))
 
 
-def _teachers(selection: Selection, devices: Sequence[Device]) -> tuple[TeacherResult, ...]:
-    cards = {d.name: d.card for d in devices}
-    results = []
-    for score in selection.teachers:
-        height, width = cards[score.teacher].teacher.input_size
-        tap = cards[score.teacher].teacher.taps[cards[score.teacher].teacher.saliency_tap]
-        results.append(
-            TeacherResult(
-                id=score.teacher,
-                score=score.score,
-                similarity=score.similarity,
-                probability=score.probability,
-                selected=score.selected,
-                weight=score.weight,
-                reason=score.reason,
-                about=f"{cards[score.teacher].teacher.name}, input {height} × {width}, "
-                f"{tap.channels} features",
-            )
+def about(card: Card) -> str:
+    """What a teacher is, in words."""
+    teacher = card.teacher
+    height, width = teacher.input_size
+    channels = teacher.taps[teacher.saliency_tap].channels
+    return f"{teacher.name}, input {height} × {width}, {channels} features"
+
+
+def _teachers(selection: Selection, about: Mapping[str, str]) -> tuple[TeacherResult, ...]:
+    return tuple(
+        TeacherResult(
+            id=score.teacher,
+            score=score.score,
+            similarity=score.similarity,
+            probability=score.probability,
+            selected=score.selected,
+            weight=score.weight,
+            reason=score.reason,
+            about=about.get(score.teacher, ""),
         )
-    return tuple(results)
+        for score in selection.teachers
+    )
 
 
 def curves(result: TrainingResult) -> dict[str, tuple[CurvePoint, ...]]:

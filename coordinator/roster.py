@@ -24,7 +24,8 @@ class Lost(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         stage: what it was asked for when it failed, such as `saliency` or `ask before round 8`; `end`
-            for one that had answered everything, and was not there any more when training was over.
+            for one that had answered everything, and was not there any more when training was over;
+            `resume` for one that was not there when the run was gone on with.
         why: in one sentence.
         waited_s: seconds that went by before it was given up; of all attempts.
         reselected: it had been selected, and others were in its place.
@@ -128,6 +129,24 @@ class Roster:
                 why = f"{name} is not on the broker any more; what was asked of it it had answered"
                 self._set_aside(name, stage, why, 0.0)
 
+    def missing(self, known: Mapping[str, str]) -> None:
+        """Set aside who is not here of those that the run began with, `known`: name to identity.
+
+        One that is away already and has another network now is not asked any more, and said.
+        """
+        away = self._away()
+        for name, identity in known.items():
+            if name not in self._teachers and name not in away:
+                why = f"{name} was not there when the run was gone on with"
+                self._set_aside(name, "resume", why, 0.0)
+            elif name in self._teachers and self._teachers[name].identity != identity:
+                del self._teachers[name]
+                self._progress.say(
+                    f"{name} has another network than when the run began, and stays set aside"
+                )
+        if len(self._teachers) < self._least:
+            self.require_least()
+
     def require_least(self) -> None:
         """Raises CheckFailed, naming everyone who was set aside and why, if too few are left."""
         left = len(self.present)
@@ -153,7 +172,8 @@ class Roster:
             self._change(before, waited_s=whole, why=why, back="")
         else:
             self._lost.append(Lost(teacher=name, stage=stage, why=why, waited_s=waited_s))
-        self._progress.say(f"Set aside: {name}, asked for {stage}: {why}")
+        asked = "" if stage == "resume" else f", asked for {stage}"
+        self._progress.say(f"Set aside: {name}{asked}: {why}")
         self._keep()
 
     def _welcome(self, name: str, stage: str) -> None:

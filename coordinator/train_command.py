@@ -14,7 +14,7 @@ from rich.table import Table
 from coordinator.task_flags import require_settings
 from coordinator.terminal import console as stderr
 from coordinator.terminal import percent, plain, print_json, printable, stdout
-from edge_teacher.contract.errors import UsageError
+from edge_teacher.contract.errors import Unreachable, UsageError
 from edge_teacher.contract.topics import check_name
 from edge_teacher.keys import private_key_at
 from edge_teacher.rpc.address import parse_broker
@@ -133,7 +133,7 @@ def _count(text: str) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from coordinator.checkpoints import begun as has_checkpoint
-    from coordinator.checkpoints import lost_in
+    from coordinator.checkpoints import waited_for
     from coordinator.connection import connect
     from coordinator.data import read_configured
     from coordinator.pipeline import TaskRun, Timings, run_task, train_along
@@ -165,9 +165,16 @@ def _train(options: argparse.Namespace) -> int:
         connection = stack.enter_context(connect(address, name=name))
 
         def there() -> list[str]:
-            # Who was lost may be gone for good: the run waits for the others.
-            wanted = [name for name in begun.devices if name not in lost_in(folder)]
-            found = connection.fleet.wait(options.teachers, names=wanted)
+            # Who was lost may be gone for good: the run waits for the others, a while.
+            wanted = waited_for(folder, begun.devices)
+            try:
+                found = connection.fleet.wait(options.teachers, names=wanted)
+            except Unreachable:
+                found = connection.fleet.devices()
+                missing = sorted(set(wanted) - {device.name for device in found})
+                if not has_checkpoint(folder) or not missing or len(missing) == len(wanted):
+                    raise
+                stderr.print(f"Missing, and the run goes on without: {', '.join(missing)}")
             names = [d.name for d in found if not begun.devices or d.name in begun.devices]
             if not has_checkpoint(folder):  # a run that is gone on with may have lost some
                 require_enough(config, len(names))
@@ -181,7 +188,7 @@ def _train(options: argparse.Namespace) -> int:
             return 0
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(folder, "command"))
-        keep(folder, begun, list(dict.fromkeys([*begun.devices, *names])))
+        there_now = list(dict.fromkeys([*begun.devices, *names]))
         stderr.print(f"{len(devices)} teachers: {', '.join(names)}")
         stderr.print(f"This run is in {folder}; with --resume {folder.name} it goes on")
         tracking = stack.enter_context(tracked(folder, folder.name, config, stderr.print))
@@ -196,6 +203,8 @@ def _train(options: argparse.Namespace) -> int:
             deploy=begun.deploy,
             ranks=ranks,
             tracking=tracking,
+            # A setting that is refused, mistyped say, must not be what the run goes on with.
+            accepted=lambda: keep(folder, begun, there_now),
         )
         with TerminalProgress() as progress:
             report = run_task(run, connection, devices, progress, timings)

@@ -10,8 +10,8 @@ and ends with the same weights.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +59,7 @@ class TrainingResult:
     task's after the other's, the student's as it is at the end. Accuracies are the first metric of the
     task's kind on the test set, with several tasks the mean over those that have one, absent without
     any; `metrics` has every metric by net, task and name. Seconds are by stage.
+    `about` says what each teacher is, gone ones too.
     """
 
     data: SeveralTasks
@@ -74,6 +75,7 @@ class TrainingResult:
     metrics: Mapping[str, Mapping[str, Mapping[str, float]]]
     seconds: Mapping[str, float]
     lost: tuple[Lost, ...] = ()
+    about: Mapping[str, str] = field(default_factory=dict)
 
     def last_selections(self) -> dict[str, Selection]:
         """By task."""
@@ -89,16 +91,20 @@ def train(
     online: Online | None = None,
     ranks: Ranks = ALONE,
     tracking: Tracking = UNTRACKED,
+    about: Mapping[str, str] | None = None,
+    accepted: Callable[[], None] = lambda: None,
 ) -> TrainingResult:
     """Train a student for `data`, one task or several, from `teachers`, keeping state in `folder`.
 
     Writes `folder`/checkpoint.pt after every stage and every `config.checkpoint_s` seconds within
     one, and `folder`/student.pt at the end. A teacher that does not answer, or not with what makes
-    sense, is set aside, and the run goes on with the others; `online` says who is there, so that one
-    that has come back is asked again at the next selection. Raises UsageError without teachers or if
-    `folder` holds another run, and CheckFailed, naming everyone who was set aside, when fewer than
-    `devices.least` are left. Of several processes, `ranks`, only the first writes and decides who is
-    there; `teachers` are then those that all of them ask together.
+    sense, or that is missing when a run is gone on with, is set aside, and the run goes on with the
+    others; `online` says who is there, so that one that has come back is asked again at the next
+    selection. Raises UsageError without teachers or if `folder` holds another run, and CheckFailed,
+    naming everyone who was set aside, when fewer than `devices.least` are left. Of several processes,
+    `ranks`, only the first writes and decides who is there; `teachers` are then those that all of them
+    ask together. `about`: what each teacher is, in words, for the report. `accepted` is called once it
+    is certain that `folder` is for this very run.
     """
     if not teachers:
         raise UsageError("There is no teacher to learn from; start at least one device.")
@@ -114,8 +120,9 @@ def train(
     torch.set_num_threads(config.threads or cores)
     device = ranks.device(config.student.device)
     identities = {name: teacher.identity for name, teacher in teachers.items()}
-    run = Run.open(folder, config, tasks, identities, ranks)
+    run = Run.open(folder, config, tasks, identities, ranks, about)
     require_enough(config, len(run.record.teachers))
+    accepted()
     tracking.begin(run.record.steps)
     there = online or (lambda: identities)
     roster = Roster(
@@ -127,6 +134,7 @@ def train(
         online=lambda: ranks.first_does(there),
         keep=run.save,
     )
+    roster.missing(run.record.teachers)
     spec = StudentSpec.of_images(
         tasks.transfer,
         {name: HeadSpec(t.probe.kind, t.classes) for name, t in tasks.tasks.items()},
@@ -194,6 +202,7 @@ def train(
         metrics=run.record.metrics,
         seconds=run.record.seconds,
         lost=tuple(run.record.lost),
+        about=dict(run.record.about),
     )
 
 

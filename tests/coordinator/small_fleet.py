@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 from collections import Counter
@@ -69,6 +70,7 @@ class SmallFleet:
     folder: Path
     address: BrokerAddress
     asked: Asked
+    agents: list[subprocess.Popen[bytes]]
 
     def train(self, runs: Path, *more: str) -> list[str]:
         """The arguments of `fedsa` for a quick run there."""
@@ -113,7 +115,7 @@ def small_fleet(folder: Path, address: BrokerAddress, transfer: int = 1200) -> I
     try:
         with connect(address, name="waiting") as connection:
             connection.fleet.wait(names=DEVICES, timeout_s=60)
-        yield SmallFleet(folder, address, asked)
+        yield SmallFleet(folder, address, asked, agents)
     finally:
         processes.stop(agents)
         listener.close()

@@ -194,8 +194,67 @@ def test_a_run_that_lost_somebody_is_gone_on_with_to_the_same_end(
     resumed = train(EVERYBODY, DATA, honest("a", "b", "c"), tmp_path / "parts")
     assert all(torch.equal(states(whole)[k], v) for k, v in states(resumed).items())
     assert [lost.teacher for lost in resumed.lost] == ["liar"]
-    with pytest.raises(UsageError, match=r"other teachers \(missing now: c, liar;"):
-        train(EVERYBODY, DATA, honest("a", "b"), tmp_path / "parts")
+
+
+def test_a_part_that_was_learnt_with_somebody_who_is_gone_is_learnt_again(tmp_path: Path) -> None:
+    config = msgspec.structs.replace(
+        changed("aggregation", EVERYBODY, form="fedavg"), checkpoint_s=1e9
+    )
+    fleet = honest("a", "b") | {"c": Liar("c", 2, "pooled", SPOILT["gone"], after=4)}
+    of_a_part = -(-(24 + 60) // config.batch)
+    with pytest.raises(Interrupted):
+        train(config, DATA, fleet, tmp_path, Watch("round 2", of_a_part + 2))
+    watch = Watch()
+    train(config, DATA, fleet, tmp_path, watch)
+    assert "round 2, a" in [name for name, _ in watch.stages]
+    assert any("round 2 begins again" in said for said in watch.said)
+
+
+def killed_in_round_2(config: Config, folder: Path) -> set[str]:
+    """Who was selected by then, of a, b and c."""
+    with pytest.raises(Interrupted):
+        train(config, DATA, honest("a", "b", "c"), folder, Watch("round 2", 2))
+    fleet = {name: name for name in "abc"}
+    return set(
+        Run.open(folder, config, as_several(DATA), fleet).record.selections[-1].selection.weights
+    )
+
+
+@pytest.mark.parametrize("selected", [True, False])
+def test_one_that_died_between_two_sessions_is_lost_and_the_run_goes_on(
+    tmp_path: Path, selected: bool
+) -> None:
+    chosen = killed_in_round_2(QUICK, tmp_path)
+    dead = min(chosen if selected else set("abc") - chosen)
+    left = {name: teacher for name, teacher in honest("a", "b", "c").items() if name != dead}
+    watch = Watch()
+    result = train(QUICK, DATA, left, tmp_path, watch)
+    (lost,) = result.lost
+    assert (lost.teacher, lost.stage, lost.reselected) == (dead, "resume", selected)
+    assert dead not in result.selections[-1].selection.weights
+    assert any(said.startswith(f"Set aside: {dead}: {dead} was not there") for said in watch.said)
+    # Back with another network it stays out, and the others are still compared.
+    other = honest("a", "b", "c")
+    other[dead].identity = "another"
+    again = train(QUICK, DATA, other, tmp_path)
+    assert again.lost == result.lost
+    assert other[dead].asked["saliency"] == 0
+    other[min(left)].identity = "another"
+    with pytest.raises(UsageError, match=rf"\(another network now: {min(left)}; --device"):
+        train(QUICK, DATA, other, tmp_path)
+
+
+def test_too_few_when_a_run_is_gone_on_with_is_refused_naming_who_is_missing(
+    tmp_path: Path,
+) -> None:
+    config = changed("devices", QUICK, least=2)
+    killed_in_round_2(config, tmp_path)
+    with pytest.raises(
+        CheckFailed, match=r"of 3 teachers 1 can be asked.*b \(resume: .*c \(resume"
+    ):
+        train(config, DATA, honest("a"), tmp_path)
+    result = train(config, DATA, honest("a", "b", "c"), tmp_path)
+    assert {lost.teacher: lost.back for lost in result.lost} == {"b": "saliency", "c": "saliency"}
 
 
 @pytest.mark.parametrize("form", ["joint", "fedavg"])

@@ -2,10 +2,14 @@ from pathlib import Path
 
 import pytest
 
+from coordinator import processes
 from coordinator.cli import main
 from coordinator.config import load_config
+from coordinator.report import read_report
 from coordinator.resume import Begun, begun_with, keep
 from edge_teacher.contract.errors import UsageError
+from tests.brokers import Mosquitto
+from tests.coordinator.small_fleet import small_fleet
 
 BEGUN = Begun(
     task="tints",
@@ -40,6 +44,34 @@ def test_a_run_that_is_not_there_is_said_with_those_that_are(
     assert "there is no run yours" in capsys.readouterr().err
     with pytest.raises(UsageError, match="there: mine"):
         begun_with(tmp_path / "yours", None, {})
+
+
+def test_a_setting_that_is_refused_is_not_kept(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    with small_fleet(tmp_path, mosquitto.address, transfer=60) as fleet:
+        runs = tmp_path / "runs"
+        assert main(fleet.train(runs, "--name", "mine")) == 0
+        kept = [(runs / "mine" / file).read_text() for file in ("settings.toml", "command.json")]
+        resume = ["train", "--runs", str(runs), "--resume", "mine"]
+        assert main([*resume, "--selection.k", "2", "--seed", "5"]) == 2
+        assert kept == [
+            (runs / "mine" / file).read_text() for file in ("settings.toml", "command.json")
+        ]
+        assert main(resume) == 0
+
+
+@pytest.mark.timeout(200)
+def test_one_that_died_since_is_waited_for_a_while_and_then_gone_on_without(
+    tmp_path: Path, mosquitto: Mosquitto, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    with small_fleet(tmp_path, mosquitto.address, transfer=60) as fleet:
+        assert main(fleet.train(runs, "--name", "mine")) == 0
+        processes.stop(fleet.agents[:1])
+        capsys.readouterr()
+        assert main(["train", "--runs", str(runs), "--resume", "mine"]) == 0
+    assert "Missing, and the run goes on without: left" in capsys.readouterr().err
+    (lost,) = read_report(runs / "mine").lost
+    assert (lost.teacher, lost.stage) == ("left", "resume")
 
 
 def test_a_file_that_is_broken_is_said(tmp_path: Path) -> None:

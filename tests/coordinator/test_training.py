@@ -1,6 +1,7 @@
 import itertools
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from coordinator.config import AggregationConfig, Config, load_config
 from coordinator.data import LabelledImages, TaskData
-from coordinator.results import curves
+from coordinator.results import curves, task_result
 from coordinator.student import load_student, predict
 from coordinator.training import TrainingResult, refits_before, train
 from edge_teacher.contract.errors import CheckFailed, UsageError
@@ -245,6 +246,31 @@ def test_a_broken_checkpoint_is_said(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
     with pytest.raises(UsageError, match="is not a checkpoint"):
         train(CONFIG, DATA, teachers(), tmp_path)
+
+
+def test_what_a_teacher_is_is_known_of_one_that_is_gone(tmp_path: Path) -> None:
+    config = variant(selection__strategy="all")
+    there = {name: name for name in teachers()}
+
+    class Leaves(Watch):
+        def begin(self, stage: str, steps: int, done: int = 0) -> None:
+            super().begin(stage, steps, done)
+            if stage == "fine-tune":
+                del there["t1"]
+
+    about = {name: f"the network of {name}" for name in teachers()}
+    train(config, DATA, teachers(), tmp_path, Leaves(), lambda: there, about=about)
+    left = {name: teacher for name, teacher in teachers().items() if name != "t1"}
+    less = {name: about[name] for name in left}
+    result = train(config, DATA, left, tmp_path, about=less)
+    packaged: Any = SimpleNamespace(
+        report=SimpleNamespace(files={"a": SimpleNamespace(accuracy=0.5)}),
+        card=SimpleNamespace(graphs={"int8_cpu": "a"}, version=1),
+    )
+    (name,) = result.data.tasks
+    found = task_result(name, "tints", result, packaged, deployed=None)
+    assert {teacher.id: teacher.about for teacher in found.teachers} == about
+    assert all(teacher.selected for teacher in found.teachers)
 
 
 def test_the_test_set_decides_nothing(
