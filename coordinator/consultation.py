@@ -139,6 +139,7 @@ class Consultation:
     def _begin_again(self, number: int) -> None:
         """What an earlier process had in hand of this stage was about other teachers."""
         stage = self._stage(number)
+        self._run.forget(f"refit before {stage}")
         if not self._run.began(stage):
             return
         self._run.begin_again(stage)

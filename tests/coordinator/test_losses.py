@@ -210,6 +210,39 @@ def test_a_part_that_was_learnt_with_somebody_who_is_gone_is_learnt_again(tmp_pa
     assert any("round 2 begins again" in said for said in watch.said)
 
 
+@pytest.mark.parametrize("form", ["joint", "fedavg"])
+@pytest.mark.parametrize("killed", ["round 3", "round 4", "fine-tune"])
+def test_heads_that_were_fitted_again_are_for_those_who_replace_somebody_too(
+    tmp_path: Path, form: str, killed: str
+) -> None:
+    config = changed("aggregation", changed("selection", EVERYBODY, every_rounds=4), form=form)
+    config = msgspec.structs.replace(changed("finetune", config, epochs=3), checkpoint_s=0.0)
+    fleet = honest("a", "b", "c")
+    with pytest.raises(Interrupted):
+        train(config, DATA, fleet, tmp_path, Watch(killed, 2))
+    left = {name: name for name in "ab"}
+    before = Run.open(tmp_path, config, as_several(DATA), left).record
+    assert len(before.refitted) == 1
+    # And when it is killed once more, its targets are those by the student as it was.
+    with pytest.raises(Interrupted):
+        train(config, DATA, honest("a", "b"), tmp_path, Watch(killed, 2))
+    between = Run.open(tmp_path, config, as_several(DATA), left)
+    (key,) = between.record.refitted.keys() - before.refitted.keys()
+    targets = {name: part.clone() for name, part in between.nets[key].items()}
+    watch = Watch()
+    train(config, DATA, honest("a", "b"), tmp_path, watch)
+    after = Run.open(tmp_path, config, as_several(DATA), left)
+    assert key.endswith(" by a, b")
+    assert all(torch.equal(after.nets[key][name], part) for name, part in targets.items())
+    assert after.record.refitted[key] == between.record.refitted[key]
+    assert [said for said in watch.said if "linear head" in said] == [
+        "A linear head on their features and the student's reaches "
+        f"{after.record.refitted[key]:.1%} accuracy on the probe images, in cross-validation"
+    ]
+    refits = [stage for stage in after.record.finished if stage.startswith("refit")]
+    assert refits == ["refit before round 3"]
+
+
 def killed_in_round_2(config: Config, folder: Path) -> set[str]:
     """Who was selected by then, of a, b and c."""
     with pytest.raises(Interrupted):
