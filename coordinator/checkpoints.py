@@ -209,6 +209,7 @@ class Run:
         """A stage that is not finished starts from its first step, with the nets as they are."""
         self.midway = None
         self.record.losses.clear()
+        self.record.curve = [point for point in self.record.curve if point.stage != stage]
         self.forget_parts(stage)
 
     def forget(self, stage: str) -> None:

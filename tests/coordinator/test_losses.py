@@ -243,6 +243,16 @@ def test_heads_that_were_fitted_again_are_for_those_who_replace_somebody_too(
     assert refits == ["refit before round 3"]
 
 
+def test_a_stage_that_begins_again_is_on_the_curve_once(tmp_path: Path) -> None:
+    config = changed("finetune", EVERYBODY, epochs=10)
+    config = msgspec.structs.replace(config, checkpoint_s=0.0)
+    with pytest.raises(Interrupted):
+        train(config, DATA, honest("a", "b", "c"), tmp_path, Watch("fine-tune", 8))
+    result = train(config, DATA, honest("a", "b"), tmp_path)
+    probe = len(DATA.probe)
+    assert [p.images for p in result.curve if p.stage == "fine-tune"] == [5 * probe, 10 * probe]
+
+
 def killed_in_round_2(config: Config, folder: Path) -> set[str]:
     """Who was selected by then, of a, b and c."""
     with pytest.raises(Interrupted):
