@@ -56,11 +56,16 @@ class CurvePoint(msgspec.Struct, frozen=True):
 
 
 class RoundSelection(msgspec.Struct, frozen=True):
-    """The selection made before round `round`, counted from 0, for one of the tasks."""
+    """The selection made before round `round`, counted from 0, for one of the tasks.
+
+    `stage` is `fine-tune` for one that was made after the last round, because somebody was lost; `round`
+    is then how many there were.
+    """
 
     round: int
     selection: Selection
     task: str = SINGLE
+    stage: str = ""
 
 
 class Record(msgspec.Struct):

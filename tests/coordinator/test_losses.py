@@ -12,6 +12,7 @@ import torch
 from coordinator.checkpoints import Run
 from coordinator.config import Config
 from coordinator.data import as_several
+from coordinator.results import rounds
 from coordinator.training import train
 from edge_teacher.contract.errors import CheckFailed, UsageError
 from tests.coordinator.liars import SPOILT, Liar
@@ -251,6 +252,22 @@ def test_a_stage_that_begins_again_is_on_the_curve_once(tmp_path: Path) -> None:
     result = train(config, DATA, honest("a", "b"), tmp_path)
     probe = len(DATA.probe)
     assert [p.images for p in result.curve if p.stage == "fine-tune"] == [5 * probe, 10 * probe]
+
+
+def test_one_that_is_lost_at_the_fine_tuning_is_said_to_be(tmp_path: Path) -> None:
+    config = changed("finetune", changed("aggregation", EVERYBODY, rounds=2), epochs=3)
+    config = msgspec.structs.replace(config, checkpoint_s=0.0)
+    fleet = honest("a", "b") | {"c": Liar("c", 2, "pooled", SPOILT["gone"], after=4)}
+    with pytest.raises(Interrupted):
+        train(config, DATA, fleet, tmp_path, Watch("fine-tune", 2))
+    watch = Watch()
+    result = train(config, DATA, fleet, tmp_path, watch)
+    assert result.lost[0].stage == "features before fine-tuning"
+    assert any(said.startswith("fine-tune begins again, from") for said in watch.said)
+    (said,) = (said for said in watch.said if said.startswith("Selected"))
+    assert said.startswith("Selected before fine-tuning: ")
+    assert [(s.round, s.stage) for s in result.selections] == [(0, ""), (2, "fine-tune")]
+    assert [(r.number, r.stage) for r in rounds(result)] == [(1, ""), (3, "fine-tune")]
 
 
 def killed_in_round_2(config: Config, folder: Path) -> set[str]:
