@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,10 @@ COPY = "copy "
 """How the names of nets begin that are copies of the student for a part of a stage."""
 
 
+TARGETS = "targets of "
+"""How the names of a task's targets begin."""
+
+
 class CurvePoint(msgspec.Struct, frozen=True):
     """One point of the learning curves. `images` were seen in this stage.
 
@@ -52,11 +56,16 @@ class CurvePoint(msgspec.Struct, frozen=True):
 
 
 class RoundSelection(msgspec.Struct, frozen=True):
-    """The selection made before round `round`, counted from 0, for one of the tasks."""
+    """The selection made before round `round`, counted from 0, for one of the tasks.
+
+    `stage` is `fine-tune` for one that was made after the last round, because somebody was lost; `round`
+    is then how many there were.
+    """
 
     round: int
     selection: Selection
     task: str = SINGLE
+    stage: str = ""
 
 
 class Record(msgspec.Struct):
@@ -79,6 +88,8 @@ class Record(msgspec.Struct):
     seconds: dict[str, float] = {}
     lost: list[Lost] = []
     """Teachers that were set aside, in the order in which they were."""
+    refitted: dict[str, float] = {}
+    """By the name of a task's targets, where the student had a part in them: how good their head is."""
     about: dict[str, str] = {}
     """By teacher, what it is, in words: for one that is gone when the report is written."""
 
@@ -203,7 +214,24 @@ class Run:
         """A stage that is not finished starts from its first step, with the nets as they are."""
         self.midway = None
         self.record.losses.clear()
+        self.record.curve = [point for point in self.record.curve if point.stage != stage]
         self.forget_parts(stage)
+
+    def forget(self, stage: str) -> None:
+        """The stage was finished, and is to be done again."""
+        self.record.finished = [done for done in self.record.finished if done != stage]
+
+    def keep_refitted(self, scores: Mapping[str, float], targets: Mapping[str, State]) -> None:
+        """Targets that the student had a part in, and how good their head is; on disk with them."""
+        self.record.refitted.update(scores)
+        self.nets.update(targets)
+
+    def forget_targets(self, kept: Iterable[str]) -> None:
+        """Drop all targets but these: they are of a student that had learnt less."""
+        wanted = set(kept)
+        for key in [key for key in self.nets if key.startswith(TARGETS) and key not in wanted]:
+            del self.nets[key]
+            self.record.refitted.pop(key, None)
 
     def forget_parts(self, stage: str) -> None:
         """Drop what only the parts of a stage needed, which finishes next: copies and their random."""

@@ -112,7 +112,7 @@ class Consultation:
                         maps=aggregation.hint_maps > 0 or by_maps,
                         probe_maps=by_maps,
                     ),
-                    f"features before round {number + 1}",
+                    f"features before {self._called(number)}",
                     self._progress.advance,
                 )
             self.answers.update(found)
@@ -139,6 +139,7 @@ class Consultation:
     def _begin_again(self, number: int) -> None:
         """What an earlier process had in hand of this stage was about other teachers."""
         stage = self._stage(number)
+        self._run.forget(f"refit before {stage}")
         if not self._run.began(stage):
             return
         self._run.begin_again(stage)
@@ -147,9 +148,15 @@ class Consultation:
         )
 
     def _stage(self, number: int) -> str:
-        """After the last round there is the fine-tuning."""
-        last = number == self._config.aggregation.rounds
-        return "fine-tune" if last else f"round {number + 1}"
+        return f"round {number + 1}" if self._is_round(number) else "fine-tune"
+
+    def _called(self, number: int) -> str:
+        """As people call the stage."""
+        return self._stage(number) if self._is_round(number) else "fine-tuning"
+
+    def _is_round(self, number: int) -> bool:
+        """After the last there is the fine-tuning."""
+        return number < self._config.aggregation.rounds
 
     def _look(self, names: set[str], words: str) -> None:
         probe = self.looked.probe_images
@@ -200,7 +207,12 @@ class Consultation:
             # One decides for all: machines that round differently could choose different teachers.
             made = self._ranks.first_does(
                 lambda: [
-                    RoundSelection(number, self._selected(number, student, name, i, k), name)
+                    RoundSelection(
+                        number,
+                        self._selected(number, student, name, i, k),
+                        name,
+                        "" if self._is_round(number) else self._stage(number),
+                    )
                     for i, name in enumerate(self.looked.tasks)
                 ]
             )
@@ -216,7 +228,7 @@ class Consultation:
             )
             shares = ", ".join(f"{name} ({weight:.2f})" for name, weight in weights.items())
             of_task = f" for {one.task}" if several else ""
-            self._progress.say(f"Selected{of_task} before round {number + 1}: {shares}")
+            self._progress.say(f"Selected{of_task} before {self._called(number)}: {shares}")
 
     def _selected(self, number: int, student: Student, name: str, place: int, k: int) -> Selection:
         """The `place`-th task's selection, among those who can be asked."""

@@ -109,10 +109,14 @@ class CurvePoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
-    """Whom the selection before round `number` (from 1) chose: teacher id to weight."""
+    """Whom the selection before round `number` (from 1) chose: teacher id to weight.
+
+    `stage` is `fine-tune` for a selection that was made after the last round, and else empty.
+    """
 
     number: int
     weights: dict[str, float]
+    stage: str = ""
 
 
 class Traffic(msgspec.Struct, frozen=True, kw_only=True):

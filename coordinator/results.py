@@ -83,12 +83,13 @@ def joint_metric(tasks: Sequence[TaskResult]) -> str:
 
 def rounds(result: TrainingResult) -> tuple[Round, ...]:
     """By round, the teachers' shares in the hints: those of all tasks together."""
-    selected: dict[int, dict[str, Mapping[str, float]]] = {}
+    selected: dict[tuple[int, str], dict[str, Mapping[str, float]]] = {}
     for found in result.selections:
-        selected.setdefault(found.round, {})[found.task] = found.selection.weights
+        place = (found.round, found.stage)
+        selected.setdefault(place, {})[found.task] = found.selection.weights
     return tuple(
-        Round(number=number + 1, weights=joint_weights(result.data, weights))
-        for number, weights in selected.items()
+        Round(number=number + 1, weights=joint_weights(result.data, weights), stage=stage)
+        for (number, stage), weights in selected.items()
     )
 
 

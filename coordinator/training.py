@@ -10,7 +10,7 @@ and ends with the same weights.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -49,6 +49,8 @@ from coordinator.tracking import UNTRACKED, Tracking
 from edge_teacher.contract.errors import UsageError
 
 _MAPS = 500
+# No score is told of it: the student has learnt the labels that any fold of them would be held out of.
+_REFITTED = "The task head was fitted again, on the student's own features too"
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def train(
         if task is None:
             task = _task(round_stage, student, consultation, number)
         if number in refits_before(config.aggregation):
-            _refit(stage(f"refit before round {number + 1}"), task)
+            _refit(stage(_refit_name(number)), task)
         _aggregate(round_stage, number, task)
 
     if config.finetune.epochs:
@@ -312,8 +314,43 @@ def _task(
             stage.config.head,
             stage.config.seed,
         )
-    _say_scores(stage, task)
+    _go_on_refitted(stage, task, number)
     return task
+
+
+def _go_on_refitted(stage: Stage, task: AmalgamationTask, number: int) -> None:
+    """Once the heads were fitted again, those for other teachers are too, with the student of now.
+
+    Unless all of them are right afterwards.
+    """
+    run = stage.run
+    due = number in refits_before(stage.config.aggregation) and not run.has(_refit_name(number))
+    if not due and any(map(run.has, map(_refit_name, range(number + 1)))) and task.unsaved:
+        with run.timed("head"):
+            task.refit(task.unsaved)
+        _keep_refitted(run, task, task.unsaved)
+        # By the student as it is before the round: a run that is killed within it has another.
+        run.save()
+    known = run.record.refitted
+    if known and all(key in known for key in task.targets.values()):
+        for name, key in task.targets.items():
+            task.taught[name] = replace(task.taught[name], score=known[key])
+        stage.progress.say(_REFITTED)
+    else:
+        _say_scores(stage, task)
+
+
+def _keep_refitted(run: Run, task: AmalgamationTask, names: Iterable[str]) -> None:
+    nets = task.nets()
+    keys = {task.targets[name]: name for name in names}
+    run.keep_refitted(
+        {key: task.taught[name].score for key, name in keys.items()},
+        {key: nets[key].state_dict() for key in keys},
+    )
+
+
+def _refit_name(number: int) -> str:
+    return f"refit before round {number + 1}"
 
 
 def refits_before(config: AggregationConfig) -> set[int]:
@@ -327,8 +364,9 @@ def _refit(stage: Stage, task: AmalgamationTask) -> None:
         return
     with stage.run.timed("head"):
         task.refit()
-    # No score is told: the student has learnt the labels that any fold of them would be held out of.
-    stage.progress.say("The task head was fitted again, on the student's own features too")
+    stage.progress.say(_REFITTED)
+    stage.run.forget_targets(task.targets.values())
+    _keep_refitted(stage.run, task, task.targets)
     stage.finish(**task.nets())
 
 

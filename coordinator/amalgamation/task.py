@@ -6,7 +6,7 @@ hint) and its checkpoint state; `aggregation` and `training` only run it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +20,7 @@ from coordinator.amalgamation.answers import TeacherAnswers, ask
 from coordinator.amalgamation.hints import map_hint, pooled_hint, standardise
 from coordinator.amalgamation.translators import MapTranslator, PooledTranslator
 from coordinator.augmentation import Jitter
+from coordinator.checkpoints import TARGETS
 from coordinator.config import AggregationConfig, HeadConfig
 from coordinator.data import SeveralTasks
 from coordinator.kinds import Features, Taught
@@ -89,7 +90,8 @@ class AmalgamationTask:
         seed: int,
     ) -> None:
         """`selected` has for each task the weights of the teachers selected for it; `answers` has theirs,
-        and `saved` the states of nets trained earlier, by the names that `nets` gives them.
+        and `saved` the states of nets trained earlier, by the names that `nets` gives them. `targets` are
+        then those names, by task; `unsaved` the tasks whose targets were not in `saved`.
         """
         self.student = student
         self.config = config
@@ -100,7 +102,8 @@ class AmalgamationTask:
         self._teach: dict[str, Callable[[Sequence[TeacherAnswers]], Taught]] = {}
         self.taught: dict[str, Taught] = {}
         self._targets: dict[str, SoftTargets] = {}
-        self._targets_of: dict[str, str] = {}
+        self.targets: dict[str, str] = {}
+        self.unsaved: list[str] = []
         if config.soft_targets:
             for name in data.tasks:
                 told = [answers[teacher] for teacher in sorted(selected[name])]
@@ -109,11 +112,13 @@ class AmalgamationTask:
                 )
                 self.taught[name] = self._teach[name]([])
                 # Of other teachers they are other targets: what is saved of those is of no use.
-                key = f"targets of {name} by {', '.join(sorted(selected[name]))}"
-                self._targets_of[name] = key
+                key = f"{TARGETS}{name} by {', '.join(sorted(selected[name]))}"
+                self.targets[name] = key
                 self._targets[name] = SoftTargets(self.taught[name].soft)
                 if key in saved:
                     self._targets[name].load_state_dict(saved[key])
+                else:
+                    self.unsaved.append(name)
         self._pooled: dict[str, Tensor] = {}
         self._maps: dict[str, Tensor] = {}
         self._translators: dict[str, nn.Module] = {}
@@ -173,18 +178,20 @@ class AmalgamationTask:
 
     def nets(self) -> dict[str, nn.Module]:
         """The trainable parts by name; their states are the task's checkpoint."""
-        targets = {self._targets_of[name]: net for name, net in self._targets.items()}
+        targets = {self.targets[name]: net for name, net in self._targets.items()}
         return {"student": self.student, **self._translators, **targets}
 
-    def refit(self) -> None:
+    def refit(self, names: Collection[str] | None = None) -> None:
         """Fit the task heads again, on what the student itself sees beside what the teachers do.
 
-        By now it has learnt from thousands of images what no linear model on a few hundred can know,
-        and that tells the classes besides what the teachers see: the next targets are better.
+        Those of all tasks, or of those named. By now it has learnt from thousands of images what no
+        linear model on a few hundred can know, and that tells the classes besides what the teachers
+        see: the next targets are better.
         """
-        if not self._teach:
+        teach = {n: how for n, how in self._teach.items() if names is None or n in names}
+        if not teach:
             return
-        maps = any(self.student.kind(name).wants_maps for name in self._teach)
+        maps = any(self.student.kind(name).wants_maps for name in teach)
         own = ask(
             OwnSight(self.student),
             self.images[self._transfer :].numpy(),
@@ -193,8 +200,8 @@ class AmalgamationTask:
             maps=maps,
             probe_maps=maps,
         )
-        for name, teach in self._teach.items():
-            self.taught[name] = teach([own])
+        for name, how in teach.items():
+            self.taught[name] = how([own])
             self._targets[name].soft.copy_(self.taught[name].soft)
 
     def translators(self, teachers: Iterable[str]) -> dict[str, nn.Module]:

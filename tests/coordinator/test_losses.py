@@ -12,6 +12,7 @@ import torch
 from coordinator.checkpoints import Run
 from coordinator.config import Config
 from coordinator.data import as_several
+from coordinator.results import rounds
 from coordinator.training import train
 from edge_teacher.contract.errors import CheckFailed, UsageError
 from tests.coordinator.liars import SPOILT, Liar
@@ -208,6 +209,65 @@ def test_a_part_that_was_learnt_with_somebody_who_is_gone_is_learnt_again(tmp_pa
     train(config, DATA, fleet, tmp_path, watch)
     assert "round 2, a" in [name for name, _ in watch.stages]
     assert any("round 2 begins again" in said for said in watch.said)
+
+
+@pytest.mark.parametrize("form", ["joint", "fedavg"])
+@pytest.mark.parametrize("killed", ["round 3", "round 4", "fine-tune"])
+def test_heads_that_were_fitted_again_are_for_those_who_replace_somebody_too(
+    tmp_path: Path, form: str, killed: str
+) -> None:
+    config = changed("aggregation", changed("selection", EVERYBODY, every_rounds=4), form=form)
+    config = msgspec.structs.replace(changed("finetune", config, epochs=3), checkpoint_s=0.0)
+    fleet = honest("a", "b", "c")
+    with pytest.raises(Interrupted):
+        train(config, DATA, fleet, tmp_path, Watch(killed, 2))
+    left = {name: name for name in "ab"}
+    before = Run.open(tmp_path, config, as_several(DATA), left).record
+    assert len(before.refitted) == 1
+    # And when it is killed once more, its targets are those by the student as it was.
+    with pytest.raises(Interrupted):
+        train(config, DATA, honest("a", "b"), tmp_path, Watch(killed, 2))
+    between = Run.open(tmp_path, config, as_several(DATA), left)
+    (key,) = between.record.refitted.keys() - before.refitted.keys()
+    targets = {name: part.clone() for name, part in between.nets[key].items()}
+    watch = Watch()
+    train(config, DATA, honest("a", "b"), tmp_path, watch)
+    after = Run.open(tmp_path, config, as_several(DATA), left)
+    assert key.endswith(" by a, b")
+    assert all(torch.equal(after.nets[key][name], part) for name, part in targets.items())
+    assert after.record.refitted[key] == between.record.refitted[key]
+    assert [said for said in watch.said if "linear head" in said] == [
+        "A linear head on their features and the student's reaches "
+        f"{after.record.refitted[key]:.1%} accuracy on the probe images, in cross-validation"
+    ]
+    refits = [stage for stage in after.record.finished if stage.startswith("refit")]
+    assert refits == ["refit before round 3"]
+
+
+def test_a_stage_that_begins_again_is_on_the_curve_once(tmp_path: Path) -> None:
+    config = changed("finetune", EVERYBODY, epochs=10)
+    config = msgspec.structs.replace(config, checkpoint_s=0.0)
+    with pytest.raises(Interrupted):
+        train(config, DATA, honest("a", "b", "c"), tmp_path, Watch("fine-tune", 8))
+    result = train(config, DATA, honest("a", "b"), tmp_path)
+    probe = len(DATA.probe)
+    assert [p.images for p in result.curve if p.stage == "fine-tune"] == [5 * probe, 10 * probe]
+
+
+def test_one_that_is_lost_at_the_fine_tuning_is_said_to_be(tmp_path: Path) -> None:
+    config = changed("finetune", changed("aggregation", EVERYBODY, rounds=2), epochs=3)
+    config = msgspec.structs.replace(config, checkpoint_s=0.0)
+    fleet = honest("a", "b") | {"c": Liar("c", 2, "pooled", SPOILT["gone"], after=4)}
+    with pytest.raises(Interrupted):
+        train(config, DATA, fleet, tmp_path, Watch("fine-tune", 2))
+    watch = Watch()
+    result = train(config, DATA, fleet, tmp_path, watch)
+    assert result.lost[0].stage == "features before fine-tuning"
+    assert any(said.startswith("fine-tune begins again, from") for said in watch.said)
+    (said,) = (said for said in watch.said if said.startswith("Selected"))
+    assert said.startswith("Selected before fine-tuning: ")
+    assert [(s.round, s.stage) for s in result.selections] == [(0, ""), (2, "fine-tune")]
+    assert [(r.number, r.stage) for r in rounds(result)] == [(1, ""), (3, "fine-tune")]
 
 
 def killed_in_round_2(config: Config, folder: Path) -> set[str]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from coordinator.checkpoints import Run
 from coordinator.config import AggregationConfig, Config, load_config
 from coordinator.data import LabelledImages, TaskData
 from coordinator.results import curves, task_result
@@ -240,6 +241,38 @@ def test_another_run_in_the_folder_is_not_mixed_in(
         train(CONFIG, fewer, teachers(), folder)
     with pytest.raises(UsageError, match=r"other teachers \(new: new; --device chooses\)"):
         train(CONFIG, DATA, {**teachers(), "new": teachers()["t0"]}, folder)
+
+
+def test_heads_that_were_fitted_again_are_for_those_selected_later_too(tmp_path: Path) -> None:
+    config = variant(
+        selection__strategy="random",
+        selection__every_rounds="1",
+        aggregation__rounds="6",
+        finetune__epochs="3",
+    )
+    config = msgspec.structs.replace(config, checkpoint_s=0.0)
+    whole = train(config, DATA, teachers(), tmp_path / "whole")
+    kept = Run.open(tmp_path / "whole", config, whole.data, {n: n for n in teachers()}).record
+    later = {", ".join(sorted(s.selection.weights)) for s in whole.selections if s.round >= 3}
+    assert len(later) > 1
+    assert {key.split(" by ")[1] for key in kept.refitted} == later
+    for stage in ("round 4", "round 5", "round 6", "fine-tune"):
+        with pytest.raises(Interrupted):
+            train(config, DATA, teachers(), tmp_path / "parts", Watch(stage, 2))
+    resumed = train(config, DATA, teachers(), tmp_path / "parts")
+    assert all(torch.equal(states(whole)[k], v) for k, v in states(resumed).items())
+
+
+def test_a_run_that_is_gone_on_with_says_how_good_its_heads_are(
+    whole: tuple[TrainingResult, Watch, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupted):
+        train(CONFIG, DATA, teachers(), tmp_path, Watch("round 4", 2))
+    watch = Watch()
+    train(CONFIG, DATA, teachers(), tmp_path, watch)
+    once, again = ([s for s in w.said if "linear head" in s] for w in (whole[1], watch))
+    assert again == once[-1:]
+    assert "and the student's" in again[0]
 
 
 def test_a_broken_checkpoint_is_said(tmp_path: Path) -> None:
