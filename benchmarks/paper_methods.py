@@ -19,11 +19,10 @@ import msgspec
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from benchmarks.paper_data import Split, cifar_task
 from benchmarks.paper_local import LocalTeacher, LogitsTeacher
-from benchmarks.paper_teachers import CHANNELS, COUNT, path_of
+from benchmarks.paper_teachers import CHANNELS, COUNT, fit_labels, path_of
 from coordinator.amalgamation.heads import fit_task_head
 from coordinator.answers import AnswerCache
 from coordinator.augmentation import Jitter
@@ -35,13 +34,9 @@ from coordinator.config import (
     SelectionConfig,
     StudentConfig,
 )
-from coordinator.data import SINGLE, LabelledImages, TaskData, spread
+from coordinator.data import SINGLE, TaskData, spread
 from coordinator.optimisation import (
-    Descent,
-    OneCycle,
-    shuffled_batches,
     stage_generator,
-    steps_per_epoch,
 )
 from coordinator.selection.marginal import kernel, log_evidence
 from coordinator.student import (
@@ -214,18 +209,3 @@ def _transfer(
     fitted.write_to(head)
     fit_labels(student, data.probe, trial.method, trial.seed, epochs=30, rate=0.01)
     return student.eval(), [], (f"teacher-{best}",)
-
-
-def fit_labels(
-    net: Student, probe: LabelledImages, stage: str, seed: int, *, epochs: int, rate: float
-) -> None:
-    """Cross-entropy on the labels, as a run's own baseline has it."""
-    images, labels = torch.from_numpy(probe.images), torch.from_numpy(probe.labels)
-    generator = stage_generator(seed, stage)
-    steps = epochs * steps_per_epoch(len(probe), 64)
-    descent = Descent([net], OneCycle(rate, steps), 5e-4)
-    net.train()
-    for _ in range(epochs):
-        for index in shuffled_batches(len(probe), 64, generator):
-            jitter = Jitter.draw(len(index), 4, generator)
-            descent.step(F.cross_entropy(net(jitter.images(images[index])), labels[index]))

@@ -108,7 +108,19 @@ def rows_of(done: list[Outcome]) -> list[dict[str, object]]:
     return rows
 
 
-def paired(done: list[Outcome]) -> dict[str, object]:
+class Paired(msgspec.Struct, frozen=True, kw_only=True):
+    """How much better one method is on the same seeds, in points.
+
+    `points` by task, `mean_points` over the tasks, `interval_95` of that mean over the seeds.
+    """
+
+    seeds: int
+    points: dict[str, float]
+    mean_points: float
+    interval_95: tuple[float, float]
+
+
+def paired(done: list[Outcome]) -> Paired | None:
     """fedsa_top3 less random3 on the same seeds, in points, with a 95 % interval over the seeds."""
     known = {(o.method, o.task, o.seed): o.accuracy for o in done if o.labels <= 0.01}
     by_task = {
@@ -121,20 +133,21 @@ def paired(done: list[Outcome]) -> dict[str, object]:
     }
     seeds = min(map(len, by_task.values()))
     if seeds < 2:
-        return {}
+        return None
     means = np.mean([gains[:seeds] for gains in by_task.values()], axis=0)
     # Student's t at 97.5 %, by degrees of freedom.
     t = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776}[seeds - 1]
     half = t * float(np.std(means, ddof=1)) / seeds**0.5
-    return {
-        "seeds": seeds,
-        "points": {task: round(float(np.mean(gains)), 2) for task, gains in by_task.items()},
-        "mean_points": round(float(means.mean()), 2),
-        "interval_95": [round(float(means.mean()) - half, 2), round(float(means.mean()) + half, 2)],
-    }
+    mean = float(means.mean())
+    return Paired(
+        seeds=seeds,
+        points={task: round(float(np.mean(gains)), 2) for task, gains in by_task.items()},
+        mean_points=round(mean, 2),
+        interval_95=(round(mean - half, 2), round(mean + half, 2)),
+    )
 
 
-def markdown(rows: list[dict[str, object]], pairs: dict[str, object]) -> str:
+def markdown(rows: list[dict[str, object]], pairs: Paired | None) -> str:
     lines = [
         "| method | task | labels | seeds | accuracy | queries | MB on the wire | seconds |",
         "|---|---|---|---|---|---|---|---|",
@@ -148,12 +161,12 @@ def markdown(rows: list[dict[str, object]], pairs: dict[str, object]) -> str:
             f"| {row['seconds']} |"
         )
     if pairs:
-        low, high = pairs["interval_95"]  # type: ignore[misc]
+        low, high = pairs.interval_95
+        by_task = ", ".join(f"{task} {gain:+}" for task, gain in pairs.points.items())
         lines += [
             "",
-            f"fedsa_top3 over random3, {pairs['seeds']} seeds paired, mean of the three tasks: "
-            f"{pairs['mean_points']:+} points (95 % interval {low:+} to {high:+}); "
-            + ", ".join(f"{task} {gain:+}" for task, gain in pairs["points"].items()),  # type: ignore[attr-defined]
+            f"fedsa_top3 over random3, {pairs.seeds} seeds paired, mean of the three tasks: "
+            f"{pairs.mean_points:+} points (95 % interval {low:+} to {high:+}); {by_task}",
         ]
     return "\n".join(lines) + "\n"
 

@@ -26,8 +26,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from benchmarks.paper_data import TASKS, Split, archives, cifar_task, split
-from benchmarks.paper_methods import fit_labels
-from benchmarks.paper_teachers import CHANNELS, COUNT, path_of
+from benchmarks.paper_teachers import CHANNELS, COUNT, fit_labels, path_of
 from benchmarks.study_fleets import Fleet, alike, mixed
 from coordinator.data import LabelledImages
 from coordinator.selection import Evidence, common_size, similarities, transfer_distance

@@ -36,6 +36,11 @@ class Drawn:
     index: Tensor
     jitter: Jitter
 
+    @classmethod
+    def of(cls, index: Tensor, shift: int, random: torch.Generator) -> Drawn:
+        """Each flipped or not, and shifted by up to `shift` pixels."""
+        return cls(index, Jitter.draw(len(index), shift, random))
+
     def rows(self, rows: Tensor) -> Drawn:
         """Some of them, by their places in the batch int64[M]."""
         return Drawn(self.index[rows], self.jitter.rows(rows))

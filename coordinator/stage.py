@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coordinator.augmentation import Jitter
 from coordinator.checkpoints import CurvePoint, Run
 from coordinator.config import Config
 from coordinator.data import SeveralTasks
@@ -74,7 +73,7 @@ class Stage:
             ) from error
 
     def drawn(self, index: Tensor, generator: torch.Generator) -> Drawn:
-        return Drawn(index, Jitter.draw(len(index), self.config.shift, generator))
+        return Drawn.of(index, self.config.shift, generator)
 
     def measure(self, images: int, student: Student) -> None:
         """Add a point to the learning curve. The test set is for reports: nothing depends on it."""

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from coordinator.amalgamation.task import AmalgamationTask, Losses
-from coordinator.augmentation import Jitter
 from coordinator.checkpoints import COPY
 from coordinator.loop import Drawn, Lesson
 from coordinator.optimisation import OneCycle, steps_per_epoch
@@ -85,7 +84,7 @@ def _lesson(
 ) -> Lesson:
     def draw(batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Drawn, ...]:
         (index,) = batch
-        return (Drawn(index, Jitter.draw(len(index), plan.shift, generator)),)
+        return (Drawn.of(index, plan.shift, generator),)
 
     def loss(drawn: Drawn) -> tuple[Tensor, Losses]:
         return task.loss(student, drawn.index, drawn.jitter, weights)

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_ITERATIONS = 200
 _PENALTIES = (0.03, 0.1, 0.3, 1.0)
 
 
@@ -106,12 +105,12 @@ def fit_linear(
     for fold in np.unique(part):
         rows = part == fold
         held_out = torch.from_numpy(rows)
-        fits = _fit_path(x[~held_out], targets[~held_out], outputs, strongest_first, loss)
+        fits = fit_path(x[~held_out], targets[~held_out], outputs, strongest_first, loss)
         for i, (weight, bias) in enumerate(fits):
             held[i, rows] = (x[held_out] @ weight + bias).numpy()
     scores = [score(logits, targets.numpy()) for logits in held]
     best = int(np.argmax(scores))
-    weight, bias = _fit_path(x, targets, outputs, strongest_first[: best + 1], loss)[-1]
+    weight, bias = fit_path(x, targets, outputs, strongest_first[: best + 1], loss)[-1]
     return TaskHead(mean, deviation, weight, bias, strongest_first[best], scores[best])
 
 
@@ -128,8 +127,25 @@ def stratified_folds(
     return part
 
 
-def _fit_path(
-    x: Tensor, y: Tensor, classes: int, penalties: Sequence[float], loss: Loss
+@dataclass(frozen=True)
+class Precision:
+    """When L-BFGS stops."""
+
+    iterations: int = 200
+    gradient: float = 1e-5
+    change: float = 1e-7
+
+
+_PRECISE = Precision()
+
+
+def fit_path(
+    x: Tensor,
+    y: Tensor,
+    classes: int,
+    penalties: Sequence[float],
+    loss: Loss,
+    precision: Precision = Precision(),  # frozen
 ) -> list[tuple[Tensor, Tensor]]:
     """(weight [D, classes], bias [classes]) for each penalty, each fit started from the last."""
     weight = torch.zeros(x.shape[1], classes, dtype=torch.float64, requires_grad=True)
@@ -138,9 +154,9 @@ def _fit_path(
     for penalty in penalties:
         optimiser = torch.optim.LBFGS(
             [weight, bias],
-            max_iter=_ITERATIONS,
-            tolerance_grad=1e-5,
-            tolerance_change=1e-7,
+            max_iter=precision.iterations,
+            tolerance_grad=precision.gradient,
+            tolerance_change=precision.change,
             line_search_fn="strong_wolfe",
         )
 

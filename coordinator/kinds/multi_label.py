@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coordinator.amalgamation.heads import TaskHead, fit_linear, stratified_folds
-from coordinator.augmentation import Jitter
 from coordinator.image_files import Images, decode, files_and_texts, npz_arrays, npz_images
 from coordinator.kinds.kind import Features, Fit, Labels, Moved, Taught, Teaching
+from coordinator.kinds.pooled import OnPooledFeatures
 from coordinator.kinds.single_label import pooled_of, with_labels
 from edge_teacher.contract.decisions import Decision
 from edge_teacher.contract.errors import UsageError
@@ -29,7 +29,7 @@ from edge_teacher.contract.errors import UsageError
 _TABLE = "labels.csv"
 
 
-class MultiLabel:
+class MultiLabel(OnPooledFeatures):
     """labels uint8[N, classes], 1 for every class that is there."""
 
     name = "multi-label"
@@ -89,25 +89,8 @@ class MultiLabel:
                 found[image] = ", ".join(classes[int(i)] for i in there)
         return list(found.items())[:most]
 
-    def head(self, features: int, classes: int, size: tuple[int, int]) -> nn.Module:
-        return nn.Linear(features, classes)
-
-    def logits(self, head: nn.Module, features: Features) -> Tensor:
-        logits: Tensor = head(features.pooled)
-        return logits
-
-    def tail(self, head: nn.Module) -> nn.Module:
-        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
-
-    def target(self, logits: Tensor) -> Tensor:
-        """The largest logit: the class the net is surest of."""
-        return logits.max(dim=1).values
-
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(logits, labels.float().to(logits.device))
-
-    def moved(self, labels: Tensor, jitter: Jitter) -> Tensor:
-        return labels
 
     def teach(self, teaching: Teaching) -> Taught:
         """One-vs-rest logistic regression on the concatenated pooled features."""

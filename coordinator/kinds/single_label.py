@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coordinator.amalgamation.heads import fit_task_head
-from coordinator.augmentation import Jitter
 from coordinator.image_files import Images, decode, image_files, npz_arrays, npz_images
 from coordinator.kinds.kind import Features, Fit, Labels, Moved, Taught, Teaching
+from coordinator.kinds.pooled import OnPooledFeatures
 from edge_teacher.contract.decisions import Decision
 from edge_teacher.contract.errors import UsageError
 
 
-class SingleLabel:
+class SingleLabel(OnPooledFeatures):
     """labels int64[N], indices into the classes."""
 
     name = "single-label"
@@ -89,25 +89,8 @@ class SingleLabel:
         present = np.unique(labels)[:most]
         return [(int(np.flatnonzero(labels == c)[0]), classes[int(c)]) for c in present]
 
-    def head(self, features: int, classes: int, size: tuple[int, int]) -> nn.Module:
-        return nn.Linear(features, classes)
-
-    def logits(self, head: nn.Module, features: Features) -> Tensor:
-        logits: Tensor = head(features.pooled)
-        return logits
-
-    def tail(self, head: nn.Module) -> nn.Module:
-        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
-
-    def target(self, logits: Tensor) -> Tensor:
-        """The largest logit."""
-        return logits.max(dim=1).values
-
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels.to(logits.device))
-
-    def moved(self, labels: Tensor, jitter: Jitter) -> Tensor:
-        return labels
 
     def teach(self, teaching: Teaching) -> Taught:
         """Logistic regression on the concatenated pooled features."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coordinator.selection.choice import Evidence, Selection, TeacherScore, kept, require_at_most
+from coordinator.selection.choice import Evidence, Selection, kept, require_at_most
 from coordinator.selection.marginal import Floats, kernel, log_evidence
 from coordinator.selection.saliency import attention, probabilities
 from edge_teacher.contract.errors import UsageError
@@ -45,13 +45,10 @@ class GreedyEvidence:
         return Selection(
             self.name,
             tuple(
-                TeacherScore(
-                    teacher=name,
-                    similarity=looks[name].similarity,
-                    distance=looks[name].distance,
+                looks[name].told(
+                    name,
                     score=alone[name],
                     probability=float(p[name]),
-                    flat_maps=looks[name].flat_maps,
                     weight=1 / k if name in order else 0.0,
                     reason=reasons[name] + kept(evidence, name),
                 )

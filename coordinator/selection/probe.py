@@ -13,11 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from coordinator.amalgamation.heads import Precision, fit_path
 from coordinator.data import LabelledImages
 from coordinator.selection.choice import Features, Judge
 
 _PENALTY = 0.1
-_ITERATIONS = 60
+# Hundreds of sets are judged, and compared only with each other.
+_PRECISION = Precision(iterations=60, gradient=1e-4, change=1e-6)
 
 
 def probe_accuracy(
@@ -30,26 +32,10 @@ def probe_accuracy(
     mean, deviation = features.mean(0), np.maximum(features.std(0), 1e-6)
     x = torch.from_numpy((features - mean) / deviation).double()
     y = torch.from_numpy(labels)
-    weight = torch.zeros(x.shape[1], int(labels.max()) + 1, dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(weight.shape[1], dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=_ITERATIONS,
-        tolerance_grad=1e-4,
-        tolerance_change=1e-6,
-        line_search_fn="strong_wolfe",
-    )
-
-    def loss() -> float:
-        optimiser.zero_grad()
-        value = F.cross_entropy(x @ weight + bias, y) + _PENALTY / 2 * weight.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
-        return float(value.detach())
-
-    optimiser.step(loss)  # type: ignore[no-untyped-call]  # nor for this
+    classes = int(labels.max()) + 1
+    ((weight, bias),) = fit_path(x, y, classes, [_PENALTY], F.cross_entropy, _PRECISION)
     test = torch.from_numpy((test_features - mean) / deviation).double()
-    with torch.no_grad():
-        guess = (test @ weight + bias).argmax(1).numpy()
+    guess = (test @ weight + bias).argmax(1).numpy()
     return float((guess == test_labels).mean())
 
 

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from coordinator.selection.choice import Evidence, Maps
+from coordinator.selection.choice import Evidence, Maps, TeacherScore
 
 # Scores closer than this are equal: rescaling would blow rounding errors up to the whole of [0, 1].
 _TIE = 1e-9
@@ -39,6 +39,21 @@ class Attention:
     @property
     def score(self) -> float:
         return 2 - self.distance
+
+    def told(
+        self, teacher: str, *, score: float, probability: float, weight: float, reason: str
+    ) -> TeacherScore:
+        """What a strategy made of the teacher, beside where it looks."""
+        return TeacherScore(
+            teacher=teacher,
+            similarity=self.similarity,
+            distance=self.distance,
+            score=score,
+            probability=probability,
+            flat_maps=self.flat_maps,
+            weight=weight,
+            reason=reason,
+        )
 
 
 def attention(evidence: Evidence, teachers: Sequence[str]) -> dict[str, Attention]:

@@ -18,7 +18,6 @@ from coordinator.selection.choice import (
     Evidence,
     Selection,
     Strategy,
-    TeacherScore,
     kept,
     require_at_most,
     require_sound,
@@ -80,13 +79,10 @@ class ByAttention:
         return Selection(
             self.name,
             tuple(
-                TeacherScore(
-                    teacher=name,
-                    similarity=looks[name].similarity,
-                    distance=looks[name].distance,
+                looks[name].told(
+                    name,
                     score=looks[name].score,
                     probability=float(p[i]),
-                    flat_maps=looks[name].flat_maps,
                     weight=float(weights[i]),
                     reason=reasons[i] + kept(evidence, name),
                 )
@@ -123,13 +119,10 @@ class Oracle:
         p = probabilities(np.array([score[name] for name in names]))
         told = f"of the best of {len(judged)} sets ({judged[best]:.4f})"
         teachers = [
-            TeacherScore(
-                teacher=name,
-                similarity=looks[name].similarity,
-                distance=looks[name].distance,
+            looks[name].told(
+                name,
                 score=score[name],
                 probability=float(p[i]),
-                flat_maps=looks[name].flat_maps,
                 weight=1 / k if name in best else 0.0,
                 reason=told if name in best else "not " + told,
             )
