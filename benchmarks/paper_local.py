@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from coordinator.answers import AnswerCache, Question, image_keys
 from coordinator.student import Student, grad_cam, load_student
+from edge_teacher import bundle as bundles
+from edge_teacher.keys import read_public
 
 _BATCH = 500
 
@@ -28,11 +31,14 @@ class LocalTeacher:
     def __init__(self, path: Path, cache: AnswerCache) -> None:
         self.name = f"teacher-{path.stem}"
         self.identity = hashlib.sha256(path.read_bytes()).hexdigest()
-        self.net: Student = load_student(path)
         self._cache = cache
         self._sent: set[bytes] = set()
         self.queries = 0
         self.wire_bytes = 0
+        self._load(path)
+
+    def _load(self, path: Path) -> None:
+        self.net: Student = load_student(path)
 
     def saliency(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         return self._told(images, grad_cam(self.net, images))
@@ -75,9 +81,11 @@ class LocalTeacher:
         found = []
         for start in range(0, len(images), _BATCH):
             where = slice(start, start + _BATCH)
-            maps = self.net.feature_map(torch.from_numpy(images[where]))
-            found.append(reduce(maps, where).numpy())
+            found.append(reduce(self._maps(images[where]), where).numpy())
         return np.concatenate(found)
+
+    def _maps(self, images: NDArray[np.uint8]) -> Tensor:
+        return self.net.feature_map(torch.from_numpy(images))
 
     def _known(
         self, images: NDArray[np.uint8], what: str, compute: Callable[[], NDArray[np.float32]]
@@ -116,3 +124,33 @@ class LogitsTeacher(LocalTeacher):
         self, images: NDArray[np.uint8], what: str, compute: Callable[[], NDArray[np.float32]]
     ) -> NDArray[np.float32]:
         return super()._known(images, f"logits {what}", compute)
+
+
+class BundleTeacher(LocalTeacher):
+    """The network of a bundle in examples/teachers, as a device runs it."""
+
+    def _load(self, path: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        bundle = bundles.read(path, [read_public(path.with_name("owner.pub"))])
+        self._session = onnxruntime.InferenceSession(bundle.files["teacher.onnx"], options)
+
+    def saliency(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        parts = (images[start : start + _BATCH] for start in range(0, len(images), _BATCH))
+        found = [self._run("saliency", part) for part in parts]
+        return self._told(images, np.concatenate(found))
+
+    def _maps(self, images: NDArray[np.uint8]) -> Tensor:
+        return torch.from_numpy(self._run("features.last", images))
+
+    def _run(self, output: str, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        (found,) = self._session.run([output], {"images": images})
+        return np.asarray(found, np.float32)
+
+
+def mixed_teachers(cache: AnswerCache) -> list[LocalTeacher]:
+    """Eight of three architectures."""
+    paths = sorted(
+        (Path(__file__).resolve().parent.parent / "examples" / "teachers").glob("*.fedsa")
+    )
+    return [BundleTeacher(path, cache) for path in paths]

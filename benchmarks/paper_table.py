@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.paper_data import archives, split
-from benchmarks.paper_methods import METHODS, Outcome, Trial, run_trial
+from benchmarks.paper_methods import METHODS, TOGETHER, Outcome, Trial, run_trial
 from benchmarks.paper_teachers import COUNT, train_teacher
 from edge_teacher.contract.errors import FedsaError
 from edge_teacher.files import write_atomically
@@ -56,6 +56,10 @@ def trials() -> list[Trial]:
             Trial(m, "cifar10", 0.1, seed)
             for m in ("scratch", "fedsa_top3", "fedsa_all", "transfer")
         ]
+    for seed in (0, 1):
+        found += [Trial("fedsa_top3", task, 0.01, seed) for task in ("together", *TOGETHER)]
+    for seed in range(3):
+        found += [Trial(m, "cifar10", 0.01, seed, "mixed") for m in (*pair, "fedsa_all")]
     return list(dict.fromkeys(found))
 
 
@@ -68,18 +72,22 @@ def outcomes() -> list[Outcome]:
 
 
 def write_results(done: list[Outcome], selection: list[dict[str, object]]) -> None:
-    rows = rows_of(done)
+    alike = [one for one in done if one.teachers == "alike" and not one.by_task]
+    rows, pairs, joint = rows_of(alike), paired(alike), together(done)
+    mixed = rows_of([one for one in done if one.teachers == "mixed"])
     table = {
         "rows": rows,
         "selection": selection,
         "default_score": "evidence",
-        "paired": paired(done),
+        "paired": pairs,
+        "mixed_teachers": mixed,
+        "together": joint,
     }
     RESULTS.mkdir(exist_ok=True)
     write_atomically(
         RESULTS / "paper_table.json", msgspec.json.format(msgspec.json.encode(table), indent=1)
     )
-    write_atomically(RESULTS / "paper_table.md", markdown(rows, paired(done)).encode())
+    write_atomically(RESULTS / "paper_table.md", markdown(rows, pairs, mixed, joint).encode())
 
 
 def rows_of(done: list[Outcome]) -> list[dict[str, object]]:
@@ -147,7 +155,73 @@ def paired(done: list[Outcome]) -> Paired | None:
     )
 
 
-def markdown(rows: list[dict[str, object]], pairs: Paired | None) -> str:
+class Together(msgspec.Struct, frozen=True, kw_only=True):
+    """A task learnt with others by one student of three heads, against a student of its own."""
+
+    task: str
+    seeds: int
+    alone: float
+    together: float
+
+    @property
+    def points(self) -> float:
+        return round(100 * (self.together - self.alone), 2)
+
+
+def together(done: list[Outcome]) -> list[Together]:
+    """Means over the seeds that both have."""
+    joint = {o.seed: o.by_task for o in done if o.task == "together"}
+    found = []
+    for task in TOGETHER:
+        alone = {
+            o.seed: o.accuracy
+            for o in done
+            if (o.method, o.task, o.teachers) == ("fedsa_top3", task, "alike") and o.labels <= 0.01
+        }
+        seeds = sorted(joint.keys() & alone.keys())
+        if seeds:
+            found.append(
+                Together(
+                    task=task,
+                    seeds=len(seeds),
+                    alone=round(float(np.mean([alone[seed] for seed in seeds])), 4),
+                    together=round(float(np.mean([joint[seed][task] for seed in seeds])), 4),
+                )
+            )
+    return found
+
+
+def markdown(
+    rows: list[dict[str, object]],
+    pairs: Paired | None,
+    mixed: list[dict[str, object]],
+    joint: list[Together],
+) -> str:
+    lines = _table(rows)
+    if pairs:
+        low, high = pairs.interval_95
+        by_task = ", ".join(f"{task} {gain:+}" for task, gain in pairs.points.items())
+        lines += [
+            "",
+            f"fedsa_top3 over random3, {pairs.seeds} seeds paired, mean of the three tasks: "
+            f"{pairs.mean_points:+} points (95 % interval {low:+} to {high:+}); {by_task}",
+        ]
+    if mixed:
+        lines += ["", "The examples' eight teachers of three architectures:", "", *_table(mixed)]
+    if joint:
+        lines += [
+            *("", "One student with three heads, three teachers selected for each task:", ""),
+            "| task | seeds | a student of its own | together | points |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {one.task} | {one.seeds} | {one.alone:.1%} | {one.together:.1%} | {one.points:+} |"
+            for one in joint
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: list[dict[str, object]]) -> list[str]:
     lines = [
         "| method | task | labels | seeds | accuracy | queries | MB on the wire | seconds |",
         "|---|---|---|---|---|---|---|---|",
@@ -160,15 +234,7 @@ def markdown(rows: list[dict[str, object]], pairs: Paired | None) -> str:
             f"| {mean:.1f}{spread} | {row['queries']:,} | {int(str(row['bytes'])) / 1e6:.0f} "
             f"| {row['seconds']} |"
         )
-    if pairs:
-        low, high = pairs.interval_95
-        by_task = ", ".join(f"{task} {gain:+}" for task, gain in pairs.points.items())
-        lines += [
-            "",
-            f"fedsa_top3 over random3, {pairs.seeds} seeds paired, mean of the three tasks: "
-            f"{pairs.mean_points:+} points (95 % interval {low:+} to {high:+}); {by_task}",
-        ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _run(trial: Trial, data: Path, work: Path) -> Outcome:
@@ -207,7 +273,7 @@ def main() -> int:
             for name in names:
                 split(archive, name, work)
         OUTCOMES.mkdir(parents=True, exist_ok=True)
-        done = {f"{o.method}-{o.task}-{o.labels:g}-{o.seed}" for o in outcomes()}
+        done = {path.stem for path in OUTCOMES.glob("*.json")}
         due = [t for t in trials() if t.name not in done]
         due = [t for t in due if not options.only or t.method in options.only]
         with ProcessPoolExecutor(options.processes) as pool:

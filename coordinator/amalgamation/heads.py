@@ -6,6 +6,7 @@ labels, does fairly well; its soft predictions on the transfer set are what the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,22 +16,31 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_PENALTIES = (0.03, 0.1, 0.3, 1.0)
+from coordinator.amalgamation.discriminant import MOST_LABELS, Discriminant
+
+_PENALTIES = (1.0, 0.3, 0.1, 0.03)
+"""The strongest first: each fit begins where the last ended."""
+_PLENTY = 10
+"""Labels for each feature, from which on a regression needs no help (Peduzzi et al. 1996)."""
+_TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0)
 
 
 @dataclass(frozen=True)
 class TaskHead:
     """logits = ((x - mean) / deviation) @ weight + bias, for features x [N, D].
 
-    `penalty` is the one chosen by cross-validation, `cv_score` what it reached there.
+    Cross-validation chose the `penalty` of a regression or, where that is None, the `temperature` that
+    a discriminant's logits were divided by. `cv_score` is what it reached there; NaN where the choice
+    is another head's.
     """
 
     mean: Tensor
     deviation: Tensor
     weight: Tensor
     bias: Tensor
-    penalty: float
     cv_score: float
+    penalty: float | None
+    temperature: float = 1.0
 
     def logits(self, features: Tensor) -> Tensor:
         """float64[N, classes]."""
@@ -56,6 +66,22 @@ Score = Callable[[NDArray[np.float64], NDArray[np.generic]], float]
 """(logits [N, outputs], labels) -> what cross-validation goes by; more is better."""
 
 
+@dataclass(frozen=True)
+class _Scale:
+    """mean and deviation [D] of the features of all images."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    @classmethod
+    def of(cls, labelled: Tensor, unlabelled: Tensor) -> _Scale:
+        every = torch.cat([labelled, unlabelled]).double()
+        return cls(every.mean(0), every.std(0, correction=0).clamp_min(1e-6))
+
+    def applied(self, features: Tensor) -> Tensor:
+        return (features.double() - self.mean) / self.deviation
+
+
 def fit_task_head(
     features: Tensor,
     labels: NDArray[np.int64],
@@ -63,23 +89,48 @@ def fit_task_head(
     unlabelled: Tensor,
     folds: int,
     seed: int,
+    like: TaskHead | None = None,
 ) -> TaskHead:
-    """Multinomial logistic regression with an L2 penalty, on standardised features.
+    """A linear classifier of features [N, D] with labels [N]; unlabelled [M, D] of the same teachers.
 
-    features [N, D] with labels [N]; unlabelled [M, D] of the same teachers makes the mean and
-    deviation those of the many images. The penalty with the best accuracy over `folds` parts of the
-    labelled images wins, the stronger one on equal accuracy.
+    With fewer than ten labels for each feature the unlabelled images tell much, and the head is a
+    `Discriminant`, unless in cross-validation over `folds` parts a logistic regression is better by more
+    than two standard errors: guesses that are mostly wrong do harm. With more labels, or more than a
+    discriminant is meant for, it is the regression. With `like` nothing is chosen: penalty or
+    temperature are that head's.
     """
+    y = torch.from_numpy(labels)
     part = stratified_folds(labels, min(folds, len(labels)), np.random.default_rng(seed))
-    return fit_linear(
-        features,
-        torch.from_numpy(labels),
-        classes,
-        unlabelled,
-        part,
-        F.cross_entropy,
-        lambda logits, truth: float((logits.argmax(1) == truth).mean()),
-    )
+
+    def regression() -> TaskHead:
+        return fit_linear(features, y, classes, unlabelled, part, F.cross_entropy, _accuracy, like)
+
+    plenty = len(labels) >= min(_PLENTY * features.shape[1], MOST_LABELS + 1)
+    if plenty if like is None else like.penalty is not None:
+        return regression()
+    scale = _Scale.of(features, unlabelled)
+    x, one_hot = scale.applied(features), F.one_hot(y, classes).double()
+    discriminant = Discriminant(scale.applied(unlabelled))
+    if like is not None:
+        temperature, score = like.temperature, math.nan
+    else:
+        held = torch.zeros(len(x), classes, dtype=torch.float64)
+        for fold in np.unique(part):
+            rows = torch.from_numpy(part == fold)
+            weight, bias = discriminant.fit(x[~rows], one_hot[~rows])
+            held[rows] = x[rows] @ weight + bias
+        temperature = min(_TEMPERATURES, key=lambda t: float(F.cross_entropy(held / t, y)))
+        score = _accuracy(held.numpy(), labels)
+        regressed = regression()
+        if regressed.cv_score - score > 2 * math.sqrt(score * (1 - score) / len(x)):
+            return regressed
+    weight, bias = discriminant.fit(x, one_hot)
+    line = weight / temperature, bias / temperature
+    return TaskHead(scale.mean, scale.deviation, *line, score, None, temperature)
+
+
+def _accuracy(logits: NDArray[np.float64], truth: NDArray[np.generic]) -> float:
+    return float((logits.argmax(1) == truth).mean())
 
 
 def fit_linear(
@@ -90,28 +141,32 @@ def fit_linear(
     part: NDArray[np.int64],
     loss: Loss,
     score: Score,
+    like: TaskHead | None = None,
 ) -> TaskHead:
     """The linear head that minimises `loss` on standardised features, with an L2 penalty.
 
     features [N, D] with targets [N, …]; part [N] is the fold of each row. The penalty with the best
-    `score` of the logits of held-out rows wins, the stronger one on equal scores.
+    `score` of the logits of held-out rows wins, the stronger one on equal scores; or it is that of `like`.
     """
-    every = torch.cat([features, unlabelled]).double()
-    mean = every.mean(0)
-    deviation = every.std(0, correction=0).clamp_min(1e-6)
-    x = (features.double() - mean) / deviation
-    strongest_first = sorted(_PENALTIES, reverse=True)
-    held = np.zeros((len(strongest_first), len(x), outputs))
-    for fold in np.unique(part):
-        rows = part == fold
-        held_out = torch.from_numpy(rows)
-        fits = fit_path(x[~held_out], targets[~held_out], outputs, strongest_first, loss)
-        for i, (weight, bias) in enumerate(fits):
-            held[i, rows] = (x[held_out] @ weight + bias).numpy()
-    scores = [score(logits, targets.numpy()) for logits in held]
-    best = int(np.argmax(scores))
-    weight, bias = fit_path(x, targets, outputs, strongest_first[: best + 1], loss)[-1]
-    return TaskHead(mean, deviation, weight, bias, strongest_first[best], scores[best])
+    scale = _Scale.of(features, unlabelled)
+    x = scale.applied(features)
+    penalties: Sequence[float] = _PENALTIES
+    reached = math.nan
+    if like is not None and like.penalty is not None:
+        penalties = (like.penalty,)
+    else:
+        held = np.zeros((len(penalties), len(x), outputs))
+        for fold in np.unique(part):
+            rows = part == fold
+            held_out = torch.from_numpy(rows)
+            fits = fit_path(x[~held_out], targets[~held_out], outputs, penalties, loss)
+            for i, (weight, bias) in enumerate(fits):
+                held[i, rows] = (x[held_out] @ weight + bias).numpy()
+        scores = [score(logits, targets.numpy()) for logits in held]
+        best = int(np.argmax(scores))
+        penalties, reached = penalties[: best + 1], scores[best]
+    weight, bias = fit_path(x, targets, outputs, penalties, loss)[-1]
+    return TaskHead(scale.mean, scale.deviation, weight, bias, reached, penalties[-1])
 
 
 def stratified_folds(

@@ -7,7 +7,7 @@ hint) and its checkpoint state; `aggregation` and `training` only run it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import msgspec
@@ -99,7 +99,8 @@ class AmalgamationTask:
         self.images = torch.from_numpy(np.concatenate([data.transfer, data.probe_images]))
         self._transfer = len(data.transfer)
         self._shares = {name: task.weight for name, task in data.tasks.items()}
-        self._teach: dict[str, Callable[[Sequence[TeacherAnswers]], Taught]] = {}
+        self._fit = Fit(head.folds, seed)
+        self._teach: dict[str, Callable[[Fit, Sequence[TeacherAnswers]], Taught]] = {}
         self.taught: dict[str, Taught] = {}
         self._targets: dict[str, SoftTargets] = {}
         self.targets: dict[str, str] = {}
@@ -107,10 +108,8 @@ class AmalgamationTask:
         if config.soft_targets:
             for name in data.tasks:
                 told = [answers[teacher] for teacher in sorted(selected[name])]
-                self._teach[name] = partial(
-                    _taught, data, name, told, config, Fit(head.folds, seed)
-                )
-                self.taught[name] = self._teach[name]([])
+                self._teach[name] = partial(_taught, data, name, told, config)
+                self.taught[name] = self._teach[name](self._fit, [])
                 # Of other teachers they are other targets: what is saved of those is of no use.
                 key = f"{TARGETS}{name} by {', '.join(sorted(selected[name]))}"
                 self.targets[name] = key
@@ -201,8 +200,12 @@ class AmalgamationTask:
             probe_maps=maps,
         )
         for name, how in teach.items():
-            self.taught[name] = how([own])
-            self._targets[name].soft.copy_(self.taught[name].soft)
+            first = self.taught[name]
+            again = how(replace(self._fit, like=first.head), [own])
+            # The head chosen and its score stay the first's: the student has learnt the labels that
+            # cross-validation would hold out.
+            self.taught[name] = replace(first, soft=again.soft)
+            self._targets[name].soft.copy_(again.soft)
 
     def translators(self, teachers: Iterable[str]) -> dict[str, nn.Module]:
         """The translators of some teachers, by the names that `nets` gives them."""

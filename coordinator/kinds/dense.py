@@ -181,7 +181,9 @@ class Dense:
             found = head.probabilities(cells, teaching.temperature)
             soft.append(found.view(len(rows), *size, -1).permute(0, 3, 1, 2).half())
         every = torch.cat(soft)
-        return Taught(with_labels(every, transfer, teaching.own, shares.half()), head.cv_score)
+        return Taught(
+            with_labels(every, transfer, teaching.own, shares.half()), head.cv_score, head
+        )
 
     def soft_loss(self, head: nn.Module, features: Features, soft: Tensor, moved: Moved) -> Tensor:
         """Cross-entropy by cell, at the targets' size; a cell without a target counts nothing."""
@@ -274,6 +276,7 @@ def _fit(maps: Tensor, shares: Tensor, many: Tensor, fit: Fit) -> TaskHead:
         fold[image],
         F.cross_entropy,
         lambda logits, truth: mean_iou(logits.argmax(1), truth),
+        fit.like,
     )
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from coordinator.amalgamation.answers import TeacherAnswers
+from coordinator.amalgamation.heads import TaskHead
 from coordinator.augmentation import Jitter
 from coordinator.image_files import Images
 from edge_teacher.contract.decisions import Decision
@@ -37,10 +38,11 @@ class Features:
 
 @dataclass(frozen=True)
 class Fit:
-    """How a linear head is fitted: so many parts of cross-validation, dealt by `seed`."""
+    """How a linear head is fitted: so many parts of cross-validation, dealt by `seed`; or `like` another."""
 
     folds: int
     seed: int
+    like: TaskHead | None = None
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,12 @@ class Teaching:
 @dataclass(frozen=True)
 class Taught:
     """`soft` has a target for every transfer and probe image, in this order; on the task's own probe
-    images it is the labels. `score` is the kind's first metric, in cross-validation."""
+    images it is the labels. `score` is the kind's first metric, in cross-validation; of `head`, which
+    predicted them."""
 
     soft: Tensor
     score: float
+    head: TaskHead
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class MultiLabel(OnPooledFeatures):
         logits = head.logits(torch.cat([transfer, probe]))
         soft = torch.sigmoid(logits / teaching.temperature).float()
         mine = torch.from_numpy(labels).float()
-        return Taught(with_labels(soft, len(transfer), teaching.own, mine), head.cv_score)
+        return Taught(with_labels(soft, len(transfer), teaching.own, mine), head.cv_score, head)
 
     def soft_loss(self, head: nn.Module, features: Features, soft: Tensor, moved: Moved) -> Tensor:
         logits = self.logits(head, features)
@@ -173,6 +173,7 @@ def _fit(features: Tensor, labels: NDArray[np.uint8], many: Tensor, fit: Fit) ->
         part,
         loss,
         lambda logits, truth: mean_average_precision(logits, np.asarray(truth, np.bool_)),
+        fit.like,
     )
 
 

@@ -93,17 +93,17 @@ class SingleLabel(OnPooledFeatures):
         return F.cross_entropy(logits, labels.to(logits.device))
 
     def teach(self, teaching: Teaching) -> Taught:
-        """Logistic regression on the concatenated pooled features."""
+        """A linear classifier of the concatenated pooled features."""
         probe, transfer = pooled_of(teaching)
         labels = np.asarray(teaching.labels, np.int64)
         fit = teaching.fit
         head = fit_task_head(
-            probe[teaching.own], labels, teaching.classes, transfer, fit.folds, fit.seed
+            probe[teaching.own], labels, teaching.classes, transfer, fit.folds, fit.seed, fit.like
         )
         # One after the other: the product of a longer matrix may round a row otherwise.
         soft = torch.cat([head.probabilities(x, teaching.temperature) for x in (transfer, probe)])
         mine = F.one_hot(torch.from_numpy(labels), teaching.classes).float()
-        return Taught(with_labels(soft, len(transfer), teaching.own, mine), head.cv_score)
+        return Taught(with_labels(soft, len(transfer), teaching.own, mine), head.cv_score, head)
 
     def soft_loss(self, head: nn.Module, features: Features, soft: Tensor, moved: Moved) -> Tensor:
         logits = self.logits(head, features)

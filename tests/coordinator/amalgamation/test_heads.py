@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from coordinator.amalgamation.heads import TaskHead, fit_task_head
+from coordinator.amalgamation.discriminant import Discriminant
+from coordinator.amalgamation.heads import TaskHead, fit_linear, fit_task_head, stratified_folds
 
 
 def clusters(count: int, noise: float, seed: int) -> tuple[torch.Tensor, np.ndarray]:
@@ -29,19 +30,114 @@ def test_a_head_generalises_and_its_estimate_is_honest() -> None:
     assert head.cv_score == pytest.approx(reached, abs=0.12)
 
 
+def regression(noise: float, count: int = 90) -> TaskHead:
+    x, y = clusters(count, noise, seed=0)
+    part = stratified_folds(y, 3, np.random.default_rng(0))
+    return fit_linear(
+        *(x, torch.from_numpy(y), 3, clusters(300, noise, seed=1)[0], part, F.cross_entropy),
+        lambda logits, truth: float((logits.argmax(1) == truth).mean()),
+    )
+
+
 def test_noise_asks_for_a_stronger_penalty() -> None:
-    assert fit(3.0).penalty > fit(0.4).penalty
+    strong, weak = regression(3.0).penalty, regression(0.4).penalty
+    assert strong is not None
+    assert weak is not None
+    assert strong > weak
 
 
-def test_the_fit_is_the_optimum_of_the_penalised_loss() -> None:
-    x, y = clusters(60, 1.0, seed=0)
-    head = fit_task_head(x, y, 3, x, folds=3, seed=0)
+def test_the_regression_is_the_optimum_of_the_penalised_loss() -> None:
+    x, y = clusters(90, 1.0, seed=0)
+    head = regression(1.0)
+    assert head.penalty is not None
     weight, bias = head.weight.clone().requires_grad_(), head.bias.clone().requires_grad_()
     z = (x.double() - head.mean) / head.deviation
     loss = F.cross_entropy(z @ weight + bias, torch.from_numpy(y))
     loss = loss + head.penalty / 2 * weight.square().sum()
     gradients = torch.autograd.grad(loss, [weight, bias])
     assert max(g.abs().max() for g in gradients) < 1e-3
+
+
+def correlated(count: int, seed: int, common: float = 1.0) -> tuple[torch.Tensor, np.ndarray]:
+    """Four classes in 60 channels that have variations of 20 kinds in common."""
+    rng = np.random.default_rng(seed)
+    fixed = np.random.default_rng(7)
+    shared, means = fixed.standard_normal((20, 60)), 1.2 * fixed.standard_normal((4, 60))
+    labels = np.arange(count) % 4
+    x = means[labels] + rng.standard_normal((count, 20)) @ shared * common
+    return torch.from_numpy(x + rng.standard_normal((count, 60))).float(), labels
+
+
+def test_unlabelled_images_tell_along_what_the_classes_are_told_apart() -> None:
+    x, y = correlated(40, seed=0)
+    unseen, truth = correlated(2000, seed=1)
+
+    def reached(head: TaskHead) -> float:
+        return float((head.logits(unseen).argmax(1).numpy() == truth).mean())
+
+    head = fit_task_head(x, y, 4, unseen, folds=4, seed=0)
+    assert head.penalty is None
+    part = stratified_folds(y, 4, np.random.default_rng(0))
+    alone = fit_linear(
+        *(x, torch.from_numpy(y), 4, unseen, part, F.cross_entropy),
+        lambda logits, truth: float((logits.argmax(1) == truth).mean()),
+    )
+    assert reached(head) > reached(alone) + 0.05
+
+
+def test_the_discriminants_are_those_of_means_and_covariance_within_the_classes() -> None:
+    """With unlabelled images whose classes are beyond doubt, it is Fisher's own formula."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(600) % 3
+    x = torch.from_numpy(rng.standard_normal((600, 5)) + 40 * np.eye(5)[labels])
+    x = (x - x.mean(0)) / x.std(0, correction=0)
+    one_hot = F.one_hot(torch.from_numpy(labels), 3).double()
+    weight, bias = Discriminant(x[60:]).fit(x[:60], one_hot[:60])
+    counted = torch.cat([x[:60]] * 3 + [x[60:]])
+    of = np.concatenate([labels[:60]] * 3 + [labels[60:]])
+    means = torch.stack([counted[of == c].mean(0) for c in range(3)])
+    residue = counted - means[of]
+    within = residue.T @ residue / len(counted) + 0.3 * torch.eye(5)
+    expected = torch.linalg.solve(within, means.T)
+    assert torch.allclose(weight, expected, rtol=0.02, atol=0.05)
+    assert torch.allclose(bias, -0.5 * (means.T * expected).sum(0), rtol=0.02, atol=0.05)
+
+
+def test_a_discriminant_is_as_sure_as_it_is_right() -> None:
+    x, y = correlated(80, seed=0)
+    unseen, truth = correlated(2000, seed=1)
+    head = fit_task_head(x, y, 4, unseen, folds=5, seed=0)
+    sure = head.probabilities(unseen, 1.0).max(1).values.mean()
+    right = (head.logits(unseen).argmax(1).numpy() == truth).mean()
+    assert float(sure) == pytest.approx(right, abs=0.15)
+
+
+def test_a_head_like_another_chooses_nothing() -> None:
+    x, y = correlated(80, seed=0)
+    unseen, _ = correlated(500, seed=1)
+    first = fit_task_head(x, y, 4, unseen, folds=5, seed=0)
+    again = fit_task_head(x, y, 4, unseen, folds=5, seed=0, like=first)
+    assert torch.equal(again.weight, first.weight)
+    assert again.temperature == first.temperature
+    assert np.isnan(again.cv_score)
+    other = regression(1.0)
+    taken = fit_task_head(x, y, 4, unseen, folds=5, seed=0, like=other)
+    assert taken.penalty == other.penalty
+    assert np.isnan(taken.cv_score)
+
+
+def test_guesses_that_are_mostly_wrong_are_not_believed() -> None:
+    x, y = correlated(160, seed=0, common=4.0)
+    unseen, _ = correlated(2000, seed=1, common=4.0)
+    assert fit_task_head(x, y, 4, unseen, folds=4, seed=0).penalty is not None
+
+
+def test_ten_labels_for_each_feature_are_plenty_for_a_regression() -> None:
+    x, y = clusters(200, 1.0, seed=0)
+    unlabelled = clusters(50, 1.0, seed=1)[0]
+    assert fit_task_head(x, y, 3, unlabelled, folds=3, seed=0).penalty is not None
+    few = fit_task_head(x[:199], y[:199], 3, unlabelled, folds=3, seed=0)
+    assert few.penalty is None
 
 
 def test_temperature_sharpens() -> None:
