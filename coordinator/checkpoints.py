@@ -40,6 +40,9 @@ COPY = "copy "
 TARGETS = "targets of "
 """How the names of a task's targets begin."""
 
+AGREEMENT = "agreement of "
+"""How the names begin of what teachers' hints count by image."""
+
 
 class CurvePoint(msgspec.Struct, frozen=True):
     """One point of the learning curves. `images` were seen in this stage.
@@ -90,6 +93,8 @@ class Record(msgspec.Struct):
     """Teachers that were set aside, in the order in which they were."""
     refitted: dict[str, float] = {}
     """By the name of a task's targets, where the student had a part in them: how good their head is."""
+    learnt: dict[str, float] = {}
+    """By teacher, what its hints weighed at the end of the last stage, where that is learnt."""
     about: dict[str, str] = {}
     """By teacher, what it is, in words: for one that is gone when the report is written."""
 
@@ -232,6 +237,14 @@ class Run:
         for key in [key for key in self.nets if key.startswith(TARGETS) and key not in wanted]:
             del self.nets[key]
             self.record.refitted.pop(key, None)
+
+    def keep_agreement(self, agreement: Mapping[str, State]) -> None:
+        """What hints count by image, of the selection that holds now; that of others is dropped. On disk
+        when this returns: the student that it was found with is about to change."""
+        for key in [k for k in self.nets if k.startswith(AGREEMENT) and k not in agreement]:
+            del self.nets[key]
+        self.nets.update(agreement)
+        self.save()
 
     def forget_parts(self, stage: str) -> None:
         """Drop what only the parts of a stage needed, which finishes next: copies and their random."""

@@ -144,6 +144,16 @@ class AggregationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     soft_targets: Annotated[
         float, Meta(ge=0, description="weight of the task head's soft predictions")
     ] = 1.0
+    weights: Annotated[
+        Literal["selection", "learnt"],
+        Meta(description="of the teachers' hints: the selection's, or learnt from these on"),
+    ] = "selection"
+    agreement: Annotated[
+        bool,
+        Meta(
+            description="hints count less where the teacher looks elsewhere; asks saliency of all images"
+        ),
+    ] = False
     temperature: Annotated[
         float, Meta(gt=0, description="of the soft predictions; below 1 sharpens")
     ] = 0.5
@@ -166,6 +176,16 @@ class AggregationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     def __post_init__(self) -> None:
         if not (self.hint_maps or self.hint_pooled or self.soft_targets):
             raise ValueError("hint_maps, hint_pooled and soft_targets are all 0: nothing to learn")
+        if self.agreement and not (self.hint_maps or self.hint_pooled):
+            raise ValueError(
+                "agreement is about hints, and hint_maps and hint_pooled are both 0; set one of them, or "
+                "agreement to false"
+            )
+        if self.weights == "learnt" and not (self.hint_maps or self.hint_pooled):
+            raise ValueError(
+                "weights are to be learnt of hints, and hint_maps and hint_pooled are both 0; set one of "
+                'them, or weights to "selection"'
+            )
 
 
 class HeadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

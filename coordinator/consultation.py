@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.amalgamation.answers import TeacherAnswers, ask, ask_pooled
+from coordinator.amalgamation.answers import TeacherAnswers, ask, ask_looks, ask_pooled
 from coordinator.answers.checks import check_saliency
 from coordinator.checkpoints import RoundSelection, Run
 from coordinator.config import Config
@@ -19,6 +20,7 @@ from coordinator.roster import Roster
 from coordinator.selection import Evidence, Selection, select, strategy_named
 from coordinator.selection.probe import judge_of
 from coordinator.student import Student, grad_cam
+from coordinator.teachers import Teacher
 from coordinator.tracking import UNTRACKED, Tracking
 from edge_teacher.contract.errors import CheckFailed
 
@@ -95,6 +97,21 @@ class Consultation:
         by_maps = aggregation.soft_targets > 0 and any(
             task.kind.wants_maps for task in data.tasks.values()
         )
+
+        def question(teacher: Teacher) -> TeacherAnswers:
+            found = ask(
+                teacher,
+                data.probe_images,
+                data.transfer,
+                flips=aggregation.flips,
+                maps=aggregation.hint_maps > 0 or by_maps,
+                probe_maps=by_maps,
+            )
+            if aggregation.agreement:
+                looks = ask_looks(teacher, data.probe_images, data.transfer)
+                found = replace(found, looks=looks)
+            return found
+
         while True:
             selected = {s.task: s.selection.weights for s in self._run.record.selections}
             wanted = dict.fromkeys(name for weights in selected.values() for name in weights)
@@ -104,14 +121,7 @@ class Consultation:
             with self._timed("ask"), self._unless_too_few_are_left(number):
                 found = self._roster.ask(
                     asked,
-                    lambda teacher: ask(
-                        teacher,
-                        data.probe_images,
-                        data.transfer,
-                        flips=aggregation.flips,
-                        maps=aggregation.hint_maps > 0 or by_maps,
-                        probe_maps=by_maps,
-                    ),
+                    question,
                     f"features before {self._called(number)}",
                     self._progress.advance,
                 )

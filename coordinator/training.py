@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coordinator.amalgamation.aggregation import RoundPlan, run_round
+from coordinator.amalgamation.agreement import agreements
 from coordinator.amalgamation.task import AmalgamationTask, Losses
 from coordinator.augmentation import with_views
-from coordinator.checkpoints import CurvePoint, RoundSelection, Run
+from coordinator.checkpoints import AGREEMENT, CurvePoint, RoundSelection, Run
 from coordinator.config import AggregationConfig, Config, ScratchConfig, WarmupConfig
 from coordinator.consultation import Consultation
 from coordinator.data import SeveralTasks, TaskData, as_several
@@ -303,6 +304,7 @@ def _task(
     """The task for the teachers selected last."""
     data = stage.data
     selected = consultation.ask(number, student)
+    agreement = _agreement(stage, student, consultation, selected)
     with stage.run.timed("head"):
         task = AmalgamationTask(
             student,
@@ -313,9 +315,35 @@ def _task(
             stage.config.aggregation,
             stage.config.head,
             stage.config.seed,
+            agreement,
         )
     _go_on_refitted(stage, task, number)
     return task
+
+
+def _agreement(
+    stage: Stage,
+    student: Student,
+    consultation: Consultation,
+    selected: Mapping[str, Mapping[str, float]],
+) -> dict[str, Tensor]:
+    """What the hints of those selected count by image, by the student as it was when they were."""
+    if not stage.config.aggregation.agreement:
+        return {}
+    run = stage.run
+    place = run.record.selections[-1].round + 1
+    names = sorted({name for weights in selected.values() for name in weights})
+    keys = {name: f"{AGREEMENT}{name} before round {place}" for name in names}
+    missing = [name for name in names if keys[name] not in run.nets]
+    if missing:
+        with run.timed("agreement"):
+            # One for all: machines that round differently would see other maps.
+            found = stage.ranks.first_does(
+                lambda: agreements(student, stage.data, consultation.answers, selected, missing)
+            )
+        known = {keys[n]: run.nets[keys[n]] for n in names if n not in found}
+        run.keep_agreement(known | {keys[name]: {"each": found[name]} for name in missing})
+    return {name: run.nets[key]["each"] for name, key in keys.items()}
 
 
 def _go_on_refitted(stage: Stage, task: AmalgamationTask, number: int) -> None:
@@ -408,8 +436,18 @@ def _aggregate(stage: Stage, number: int, task: AmalgamationTask) -> None:
     with stage.run.timed("aggregate"):
         run_round(task, plan, learn)
         stage.measure(len(task) * config.aggregation.epochs, task.student)
+    _keep_weights(stage, task)
     stage.run.forget_parts(stage.name)
     stage.finish(**task.nets())
+
+
+def _keep_weights(stage: Stage, task: AmalgamationTask) -> None:
+    if stage.config.aggregation.weights != "learnt":
+        return
+    weights = dict(task.shares())
+    stage.run.record.learnt = weights
+    steps = stage.run.record.steps
+    stage.tracking.write(steps, {f"weight/{name}": weight for name, weight in weights.items()})
 
 
 def _fine_tune(stage: Stage, task: AmalgamationTask) -> None:
@@ -442,7 +480,7 @@ def _fine_tune(stage: Stage, task: AmalgamationTask) -> None:
     lesson = Lesson(
         name=stage.name,
         nets=task.nets(),
-        trained=[student, *task.translators(task.weights).values()],
+        trained=[student, *task.trained(task.weights).values()],
         images=probes.sizes,
         epochs=recipe.epochs,
         cycle=OneCycle(recipe.rate, steps),
