@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
+from coordinator.adapted import Adapted
 from coordinator.config import (
     BrokerConfig,
     Config,
@@ -93,6 +94,8 @@ class Record(msgspec.Struct):
     """Teachers that were set aside, in the order in which they were."""
     refitted: dict[str, float] = {}
     """By the name of a task's targets, where the student had a part in them: how good their head is."""
+    adapted: Adapted | None = None
+    """What of the fine-tuning was kept, where that was to choose."""
     learnt: dict[str, float] = {}
     """By teacher, what its hints weighed at the end of the last stage, where that is learnt."""
     about: dict[str, str] = {}
@@ -107,7 +110,7 @@ class Midway:
         epoch, step: how many epochs are finished, and how many steps of the next.
         optimiser: its state_dict.
         epoch_random: the stage's generator as it was before the epoch's order was drawn.
-        random: the same as it is now; global_random: torch's own, which dropout draws from.
+        random: the same as it is now.
     """
 
     stage: str
@@ -116,7 +119,6 @@ class Midway:
     optimiser: dict[str, Any]
     epoch_random: Tensor
     random: Tensor
-    global_random: Tensor
 
 
 class Run:

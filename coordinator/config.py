@@ -199,6 +199,25 @@ class FinetuneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     epochs: Annotated[int, Meta(ge=0, description="passes over the probe set")] = 5
     rate: Annotated[float, Meta(gt=0, description="the greatest learning rate")] = 0.005
+    average: Annotated[
+        float,
+        Meta(ge=0, le=1, description="share of its steps, the last, whose weights are averaged"),
+    ] = 0.0
+    held_out: Annotated[
+        float,
+        Meta(ge=0, le=0.5, description="share of the labels to choose its best epoch by"),
+    ] = 0.0
+    patience: Annotated[
+        int, Meta(ge=0, description="epochs without a better one before it stops; 0: it does not")
+    ] = 0
+
+    def __post_init__(self) -> None:
+        if not self.epochs and (self.average or self.held_out):
+            raise ValueError("epochs is 0: there is nothing to average, nor to choose an epoch of")
+        if self.patience and not self.held_out:
+            raise ValueError(
+                "patience waits for a better epoch by held-out labels, and held_out is 0; set it to 0.2, say"
+            )
 
 
 class ScratchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
