@@ -186,6 +186,8 @@ def run_task(
             student=tasks[0].student if len(tasks) == 1 else None,
             tasks=tasks,
             metric=joint_metric(tasks),
+            learnt=dict(result.learnt),
+            adapted=result.adapted,
             bytes_on_wire={
                 device: {m: Traffic(sent=b.sent, received=b.received) for m, b in methods.items()}
                 for device, methods in sorted(connection.caller.wire.items())
@@ -331,10 +333,16 @@ def _pictures(result: TrainingResult) -> Pictures:
     maps: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = {
         name: found[chosen] for name, found in result.teacher_maps.items()
     }
+    # Of the student as it is now, like the maps: a selection was made by an earlier one's.
+    every = {
+        name: similarities(result.student_maps, found, size)
+        for name, found in result.teacher_maps.items()
+    }
     return Pictures(
         images=data.probe_images[chosen],
         student=student,
         teachers=dict(maps),
-        similarities={name: similarities(student, found, size) for name, found in maps.items()},
+        similarities={name: found[chosen] for name, found in every.items()},
+        likeness={name: float(found.mean()) for name, found in every.items()},
         labels=tuple(labels),
     )
