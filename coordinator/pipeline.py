@@ -19,12 +19,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from coordinator.answers import AnswerCache
+from coordinator.checkpoints import begun
 from coordinator.config import Config
 from coordinator.connection import Connection
 from coordinator.data import SINGLE, SeveralTasks, TaskData, as_several
 from coordinator.encodings import EncodingLedger
 from coordinator.fleet import Device
-from coordinator.packaging import PackagedStudent, next_version, package_student
+from coordinator.packaging import (
+    PackagedStudent,
+    next_version,
+    package_student,
+    require_packageable,
+)
 from coordinator.parallel import in_parallel
 from coordinator.progress import Progress
 from coordinator.ranks import ALONE, Ranks
@@ -51,7 +57,7 @@ from coordinator.selection import Evidence, common_size, similarities
 from coordinator.shared_teachers import shared
 from coordinator.teachers import RemoteTeacher, Teacher
 from coordinator.tracking import UNTRACKED, Tracking
-from coordinator.training import TrainingResult, train
+from coordinator.training import TrainingResult, student_spec, train
 from edge_teacher.contract.errors import CheckFailed
 from edge_teacher.files import write_atomically
 
@@ -107,10 +113,28 @@ def train_along(
     devices: Sequence[Device],
 ) -> None:
     """What of `run_task` all processes but the first do: ask their share, and train."""
+    require_exportable_student(config, data, Path(os.devnull), ranks)
     with AnswerCache(cache) as answers:
         teachers = _teachers(config, connection, devices, answers, EncodingLedger(), ranks)
         # Nothing is written there; who is online the first process says.
         train(config, data, teachers, Path(os.devnull), ranks=ranks)
+
+
+def require_exportable_student(
+    config: Config, data: TaskData | SeveralTasks, folder: Path, ranks: Ranks
+) -> None:
+    """A user's own network may be one that cannot be exported: that is known before it is trained.
+
+    In all processes, what the first one finds, which has the folder; a run that is gone on with has been
+    through it. Raises UsageError or CheckFailed.
+    """
+
+    def check() -> None:
+        if not begun(folder):
+            require_packageable(student_spec(config, as_several(data)))
+
+    if config.student.module:
+        ranks.first_does(check)
 
 
 def _teachers(
@@ -144,6 +168,7 @@ def run_task(
     began = time.monotonic()
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     ledger = EncodingLedger()
+    require_exportable_student(run.config, run.data, run.folder, run.ranks)
     with AnswerCache(run.cache, progress.say) as cache:
         teachers = _teachers(run.config, connection, devices, cache, ledger, run.ranks)
         online = partial(_online, connection)

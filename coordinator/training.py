@@ -144,14 +144,7 @@ def train(
         keep=run.save,
     )
     roster.missing(run.record.teachers)
-    spec = StudentSpec.of_images(
-        tasks.transfer,
-        {name: HeadSpec(t.probe.kind, t.classes) for name, t in tasks.tasks.items()},
-        config.student.channels,
-        architecture=config.student.architecture,
-        module=config.student.module,
-        feature_layer=config.student.feature_layer,
-    )
+    spec = student_spec(config, tasks)
 
     def stage(name: str, of: SeveralTasks = learnt) -> Stage:
         return Stage(name, config, of, run, progress, ranks, tracking)
@@ -215,6 +208,18 @@ def train(
         about=dict(run.record.about),
         learnt=dict(run.record.learnt),
         adapted=run.record.adapted,
+    )
+
+
+def student_spec(config: Config, data: SeveralTasks) -> StudentSpec:
+    """Of the student that a run with these settings trains."""
+    return StudentSpec.of_images(
+        data.transfer,
+        {name: HeadSpec(task.probe.kind, task.classes) for name, task in data.tasks.items()},
+        config.student.channels,
+        architecture=config.student.architecture,
+        module=config.student.module,
+        feature_layer=config.student.feature_layer,
     )
 
 
