@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coordinator.answers import AnswerCache, Question, image_keys
+from coordinator.answers import Question, RememberedAnswers, image_keys
 from coordinator.student import Student, grad_cam, load_student
 
 _BATCH = 500
@@ -25,7 +25,7 @@ class LocalTeacher:
     `cache` for other runs; that changes no count.
     """
 
-    def __init__(self, path: Path, cache: AnswerCache) -> None:
+    def __init__(self, path: Path, cache: RememberedAnswers) -> None:
         self.name = f"teacher-{path.stem}"
         self.identity = hashlib.sha256(path.read_bytes()).hexdigest()
         self.net: Student = load_student(path)

@@ -24,7 +24,7 @@ from benchmarks.paper_data import Split, cifar_task
 from benchmarks.paper_local import LocalTeacher, LogitsTeacher
 from benchmarks.paper_teachers import CHANNELS, COUNT, fit_labels, path_of
 from coordinator.amalgamation.heads import fit_task_head
-from coordinator.answers import AnswerCache
+from coordinator.answers import RememberedAnswers
 from coordinator.augmentation import Jitter
 from coordinator.config import (
     AggregationConfig,
@@ -156,7 +156,7 @@ def _federated(
     make = LogitsTeacher if trial.method == "logits_all" else LocalTeacher
     if trial.method == "central_all":
         data = TaskData(data.probe, _views(data.transfer, trial.seed))
-    with AnswerCache(work / "answers") as cache:
+    with RememberedAnswers(work / "answers") as cache:
         teachers = [make(path_of(index, work), cache) for index in range(COUNT)]
         result = train(
             config_of(trial), data, {t.name: t for t in teachers}, work / "runs" / trial.name

@@ -18,7 +18,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from coordinator.answers import AnswerCache
+from coordinator.answers import RememberedAnswers
 from coordinator.checkpoints import begun
 from coordinator.config import Config
 from coordinator.connection import Connection
@@ -114,7 +114,7 @@ def train_along(
 ) -> None:
     """What of `run_task` all processes but the first do: ask their share, and train."""
     require_exportable_student(config, data, Path(os.devnull), ranks)
-    with AnswerCache(cache) as answers:
+    with RememberedAnswers(cache) as answers:
         teachers = _teachers(config, connection, devices, answers, EncodingLedger(), ranks)
         # Nothing is written there; who is online the first process says.
         train(config, data, teachers, Path(os.devnull), ranks=ranks)
@@ -141,7 +141,7 @@ def _teachers(
     config: Config,
     connection: Connection,
     devices: Sequence[Device],
-    cache: AnswerCache,
+    cache: RememberedAnswers,
     ledger: EncodingLedger,
     ranks: Ranks,
 ) -> dict[str, Teacher]:
@@ -169,7 +169,7 @@ def run_task(
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     ledger = EncodingLedger()
     require_exportable_student(run.config, run.data, run.folder, run.ranks)
-    with AnswerCache(run.cache, progress.say) as cache:
+    with RememberedAnswers(run.cache, progress.say) as cache:
         teachers = _teachers(run.config, connection, devices, cache, ledger, run.ranks)
         online = partial(_online, connection)
         result = train(
