@@ -117,9 +117,9 @@ class SelectionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which teachers take part, by where they and the student look."""
 
     strategy: Annotated[
-        Literal["evidence", "cosine", "sampled", "random", "all", "oracle"],
+        Literal["evidence", "logme", "cosine", "sampled", "random", "all", "oracle"],
         Meta(
-            description="evidence (of the labels), cosine or sampled (the paper's), random, all, oracle"
+            description="evidence or logme (of labels), cosine or sampled (the paper's), random, all, oracle"
         ),
     ] = "evidence"
     k: Annotated[int, Meta(ge=1, description="how many teachers are chosen")] = 3

@@ -9,7 +9,13 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.amalgamation.answers import TeacherAnswers, ask, ask_looks, ask_pooled
+from coordinator.amalgamation.answers import (
+    TeacherAnswers,
+    ask,
+    ask_attended,
+    ask_looks,
+    ask_pooled,
+)
 from coordinator.answers.checks import check_saliency
 from coordinator.checkpoints import RoundSelection, Run
 from coordinator.config import Config
@@ -192,14 +198,20 @@ class Consultation:
     def _see(
         self, names: Iterable[str], images: NDArray[np.uint8], words: str
     ) -> dict[str, NDArray[np.float32]]:
-        """The pooled features of those who answer, [N, D]."""
+        """The pooled features of those who answer, [N, D], pooled as the strategy reads them."""
         asked = list(names)
         flips = self._config.aggregation.flips
+
+        def question(teacher: Teacher) -> NDArray[np.float32]:
+            if self._strategy.under_saliency:
+                return ask_attended(teacher, images, self.teacher_maps[teacher.name])
+            return ask_pooled(teacher, images, flips=flips)
+
         self._progress.begin("features", len(asked))
         with self._timed("saliency"):
             seen = self._roster.ask(
                 asked,
-                lambda teacher: ask_pooled(teacher, images, flips=flips),
+                question,
                 words,
                 self._progress.advance,
             )

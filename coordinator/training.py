@@ -225,15 +225,15 @@ def student_spec(config: Config, data: SeveralTasks) -> StudentSpec:
 
 def require_enough(config: Config, teachers: int) -> None:
     """Known before the baseline and the warm-up, not after. Raises UsageError."""
+    there = "is 1 teacher" if teachers == 1 else f"are {teachers} teachers"
     if config.selection.strategy != "all" and config.selection.k > teachers:
-        there = "is 1 teacher" if teachers == 1 else f"are {teachers} teachers"
         raise UsageError(
             f"selection.k is {config.selection.k} and there {there}; "
             "start more of them or choose a smaller k."
         )
     if config.devices.least > teachers:
         raise UsageError(
-            f"devices.least is {config.devices.least}, and {teachers} teachers are there; "
+            f"devices.least is {config.devices.least}, and there {there}; "
             "start more of them or choose a smaller number."
         )
 

@@ -104,12 +104,24 @@ def ask_pooled(teacher: Sight, images: NDArray[np.uint8], *, flips: bool) -> NDA
 
 
 class Looking(Protocol):
-    """As much of a `Teacher` as is asked where it looks."""
+    """As much of a `Teacher` as is asked where it looks, and what it sees there."""
 
     @property
     def name(self) -> str: ...
 
     def saliency(self, images: NDArray[np.uint8]) -> NDArray[np.float32]: ...
+
+    def attended(
+        self, images: NDArray[np.uint8], attention: NDArray[np.float32]
+    ) -> NDArray[np.float32]: ...
+
+
+def ask_attended(
+    teacher: Looking, images: NDArray[np.uint8], maps: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """The features of images uint8[N, H, W, 3] pooled under maps [N, S, S], float32[N, C]."""
+    answer = teacher.attended(images, maps)
+    return check_answer(teacher.name, answer, len(images), 2, "features under its saliency")
 
 
 def ask_looks(teacher: Looking, probe: NDArray[np.uint8], transfer: NDArray[np.uint8]) -> Tensor:

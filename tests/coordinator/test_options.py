@@ -104,6 +104,18 @@ def test_those_selected_are_asked_where_they_look_once(tmp_path: Path) -> None:
         assert teacher.asked["saliency"] == 24 + 84
 
 
+def test_a_selection_by_what_teachers_see_where_they_look(tmp_path: Path) -> None:
+    fleet = teachers()
+    config = variant(**QUICK, selection__strategy="logme")
+    result = train(config, DATA, fleet, tmp_path)
+    assert {s.selection.strategy for s in result.selections} == {"logme"}
+    for name, teacher in fleet.items():
+        assert teacher.asked["saliency"] == teacher.asked["attended"] == 24
+        # The plain features are for the lessons only.
+        selected = any(name in s.selection.weights for s in result.selections)
+        assert teacher.asked["pooled"] == (2 * 84 if selected else 0)
+
+
 def test_held_out_labels_are_learnt_from_by_no_stage(tmp_path: Path) -> None:
     """Up to the fine-tuning the student is the one that never had those images."""
     learnt, held = hold_out(as_several(DATA), 0.25, KEPT.seed)
