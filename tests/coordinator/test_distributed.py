@@ -37,6 +37,7 @@ from tests.brokers import Mosquitto, free_port
 from tests.coordinator.liars import SPOILT, Liar
 from tests.coordinator.local_teacher import coloured_images, random_teacher
 from tests.coordinator.small_fleet import SmallFleet, small_fleet
+from tests.coordinator.test_training import Interrupted, Watch
 from tests.examples import ROOT
 
 T = TypeVar("T")
@@ -324,7 +325,10 @@ def test_a_peer_that_is_gone_is_told_from_an_error_of_ones_own() -> None:
 
 
 def train_with_every_option(ranks: Ranks) -> tuple[list[float], object]:
-    """(some of the student's weights, what was kept): with a dropout, and all that is off by default."""
+    """(the student's weights, what was kept): with a dropout, and all that is off by default.
+
+    Interrupted and gone on with, it ends the same to the bit.
+    """
     data = TaskData(
         LabelledImages(*coloured_images(24, 3, seed=0), ("a", "b", "c")),
         coloured_images(40, 3, seed=1)[0],
@@ -338,10 +342,16 @@ def train_with_every_option(ranks: Ranks) -> tuple[list[float], object]:
         "student.module": "tests.coordinator.students.own_network:resnet",
         "student.feature_layer": "layer4",
     }
-    config = load_config(None, settings, {})
-    with TemporaryDirectory() as folder:
-        result = train(config, data, shared(fleet, ranks), Path(folder), ranks=ranks)
-    weights = torch.cat([value.flatten().float() for value in result.student.state_dict().values()])
+    config = load_config(None, settings | {"checkpoint_s": "0"}, {})
+    asked = shared(fleet, ranks)
+    with TemporaryDirectory() as one, TemporaryDirectory() as other:
+        result = train(config, data, asked, Path(one), ranks=ranks)
+        with pytest.raises(Interrupted):
+            train(config, data, asked, Path(other), Watch("fine-tune", 2), ranks=ranks)
+        resumed = train(config, data, asked, Path(other), ranks=ranks)
+    whole, parts = (r.student.state_dict() for r in (result, resumed))
+    assert all(torch.equal(value, parts[key]) for key, value in whole.items())
+    weights = torch.cat([value.flatten().float() for value in whole.values()])
     return weights.tolist(), result.adapted
 
 
