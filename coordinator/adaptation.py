@@ -52,10 +52,10 @@ class Adaptation:
         self._held = held
         self._ranks = ranks
         self._first_averaged = steps - math.ceil(config.average * steps)
-        chosen = np.linspace(0, len(images) - 1, min(_STATISTICS_IMAGES, len(images))).astype(int)
-        self._images = images[torch.from_numpy(chosen)]
+        self._images = images
         self._average = AveragedModel(student) if config.average else None
         self._statistics_are_right = False
+        self._epochs = 0
         self._best = None if held is None else _Best(student, config.epochs)
 
     def nets(self, prefix: str) -> dict[str, nn.Module]:
@@ -71,6 +71,7 @@ class Adaptation:
 
     def ended(self, epoch: int) -> bool:
         """`epoch` epochs are done; 0 says that they begin. Whether it is to stop."""
+        self._epochs = epoch
         if self._best is None:
             return False
         score = self._ranks.first_does(self._score)
@@ -86,31 +87,35 @@ class Adaptation:
         averaged = self._average.module
         assert isinstance(averaged, Student)
         if not self._statistics_are_right:
-            with torch.random.fork_rng(
-                devices=()
-            ):  # of dropout, which runs while they are gathered
-                torch.manual_seed(derived_seed(0, "statistics"))
-                starts = range(0, len(self._images), _BATCH)
-                update_bn([self._images[s : s + _BATCH] for s in starts], _Backbone(averaged))
+            self._gather_statistics(averaged)
             self._statistics_are_right = True
         return averaged
 
-    def finish(self, epochs: int) -> Adapted | None:
+    def _gather_statistics(self, student: Student) -> None:
+        count = len(self._images)
+        rows = torch.linspace(0, count - 1, min(_STATISTICS_IMAGES, count)).long()
+        batches = (self._images[rows[s : s + _BATCH]] for s in range(0, len(rows), _BATCH))
+        # Dropout runs while they are gathered, and draws.
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(derived_seed(0, "statistics"))
+            update_bn(batches, _Backbone(student))
+
+    def finish(self) -> Adapted | None:
         """Give the student the weights that are kept; what they are, if that is worth a word."""
         if self._average is None and self._best is None:
             return None
         averaged = 0 if self._average is None else int(self._average.n_averaged)
         if self._best is None:
             self._student.load_state_dict(self.current().state_dict())
-            return Adapted(averaged=averaged, epoch=epochs, epochs=epochs)
+            return Adapted(averaged=averaged, epoch=self._epochs, epochs=self._epochs)
         assert self._held is not None
         self._student.load_state_dict(self._best.student.state_dict())
         return Adapted(
             averaged=int(self._best.averaged),
             held_out=sum(len(t.test) for t in self._held.tasks.values() if t.test is not None),
             epoch=self._best.at,
-            epochs=epochs,
-            scores=tuple(self._best.scores[: epochs + 1].tolist()),
+            epochs=self._epochs,
+            scores=tuple(self._best.scores[: self._epochs + 1].tolist()),
         )
 
     def _score(self) -> float:

@@ -121,8 +121,9 @@ class Loop:
 
         Every loss goes to `run.record.losses`. Raises CheckFailed for a loss that is not finite.
         """
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices=devices):
+        on_cuda = any(p.is_cuda for module in lesson.trained for p in module.parameters())
+        # What this process draws elsewhere is none of a lesson's business.
+        with torch.random.fork_rng([torch.cuda.current_device()] if on_cuda else []):
             self._learn(lesson, random)
 
     def _learn(self, lesson: Lesson, random: torch.Generator) -> None:

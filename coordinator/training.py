@@ -478,16 +478,10 @@ def _fine_tune(stage: Stage, task: AmalgamationTask, held: SeveralTasks | None) 
     probes = Probes(data)
     steps = recipe.epochs * joint_steps(probes.sizes, config.batch)
     adaptation = Adaptation(student, recipe, task.images, held, steps, stage.ranks)
-    done = 0
 
     def prepare() -> None:
         _fresh_heads(student, data, Fit(config.head.folds, config.seed))
         adaptation.ended(0)
-
-    def ended(epoch: int) -> bool:
-        nonlocal done
-        done = epoch
-        return adaptation.ended(epoch)
 
     def draw(batches: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Drawn, ...]:
         labelled = [stage.drawn(index, generator) for index in batches]
@@ -512,11 +506,11 @@ def _fine_tune(stage: Stage, task: AmalgamationTask, held: SeveralTasks | None) 
         prepare=prepare,
         measure=lambda epoch: stage.measure(epoch * sum(probes.sizes), adaptation.current()),
         stepped=adaptation.stepped,
-        ended=ended,
+        ended=adaptation.ended,
     )
     with stage.run.timed(stage.name):
         stage.learn(lesson, stage.generator())
-    stage.run.record.adapted = adaptation.finish(done)
+    stage.run.record.adapted = adaptation.finish()
     if stage.run.record.adapted is not None:
         stage.progress.say(f"The fine-tuning {in_words(stage.run.record.adapted)}")
     _keep_weights(stage, task)
