@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coordinator.answers import AnswerCache, Question, image_keys
+from coordinator.answers import Question, RememberedAnswers, image_keys
 from coordinator.student import Student, grad_cam, load_student
 from edge_teacher import bundle as bundles
 from edge_teacher.keys import read_public
@@ -28,7 +28,7 @@ class LocalTeacher:
     `cache` for other runs; that changes no count.
     """
 
-    def __init__(self, path: Path, cache: AnswerCache) -> None:
+    def __init__(self, path: Path, cache: RememberedAnswers) -> None:
         self.name = f"teacher-{path.stem}"
         self.identity = hashlib.sha256(path.read_bytes()).hexdigest()
         self._cache = cache
@@ -148,7 +148,7 @@ class BundleTeacher(LocalTeacher):
         return np.asarray(found, np.float32)
 
 
-def mixed_teachers(cache: AnswerCache) -> list[LocalTeacher]:
+def mixed_teachers(cache: RememberedAnswers) -> list[LocalTeacher]:
     """Eight of three architectures."""
     paths = sorted(
         (Path(__file__).resolve().parent.parent / "examples" / "teachers").glob("*.fedsa")

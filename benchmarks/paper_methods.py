@@ -25,7 +25,7 @@ from benchmarks.paper_data import Split, cifar_task
 from benchmarks.paper_local import LocalTeacher, LogitsTeacher, mixed_teachers
 from benchmarks.paper_teachers import CHANNELS, COUNT, fit_labels, path_of
 from coordinator.amalgamation.heads import fit_task_head
-from coordinator.answers import AnswerCache
+from coordinator.answers import RememberedAnswers
 from coordinator.augmentation import Jitter
 from coordinator.config import (
     AggregationConfig,
@@ -177,7 +177,7 @@ def _federated(
     if trial.method == "central_all":
         assert isinstance(data, TaskData)
         data = TaskData(data.probe, _views(data.transfer, trial.seed))
-    with AnswerCache(work / "answers") as cache:
+    with RememberedAnswers(work / "answers") as cache:
         if trial.teachers == "mixed":
             teachers = mixed_teachers(cache)
         else:

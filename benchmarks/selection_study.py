@@ -30,6 +30,7 @@ from benchmarks.paper_teachers import CHANNELS, COUNT, fit_labels, path_of
 from benchmarks.study_fleets import Fleet, alike, mixed
 from coordinator.data import LabelledImages
 from coordinator.selection import Evidence, common_size, similarities, transfer_distance
+from coordinator.selection.logme import logme
 from coordinator.selection.marginal import kernel, log_evidence
 from coordinator.selection.probe import probe_accuracy
 from coordinator.student import Student, StudentSpec, grad_cam
@@ -178,41 +179,6 @@ SCORES: dict[str, Score] = {
     "cosine": by_cosine,
     "best_singles": by_singles,
 }
-
-
-def logme(features: NDArray[np.float32], targets: NDArray[np.float32]) -> float:
-    """Log maximum evidence by the fixed point of MacKay, per image and class; no scaling of features."""
-    x = features.astype(np.float64)
-    x = x - x.mean(0)
-    images, width = x.shape
-    u, s, _ = np.linalg.svd(x, full_matrices=False)
-    power = s**2
-    total = 0.0
-    for t in targets.T.astype(np.float64):
-        z = (u.T @ t) ** 2
-        rest = max(float(t @ t - z.sum()), 0.0)
-        alpha = beta = 1.0
-        for _ in range(30):
-            ratio = alpha / beta
-            gamma = float((power / (power + ratio)).sum())
-            weights = float((power * z / (power + ratio) ** 2).sum())
-            residual = float((z / (1 + power / ratio) ** 2).sum()) + rest
-            alpha, beta = gamma / (weights + 1e-9), (images - gamma) / (residual + 1e-9)
-            if abs(alpha / beta - ratio) / ratio < 1e-3:
-                break
-        ratio = alpha / beta
-        weights = float((power * z / (power + ratio) ** 2).sum())
-        residual = float((z / (1 + power / ratio) ** 2).sum()) + rest
-        logs = float(np.log(alpha + beta * power).sum()) + (width - len(s)) * np.log(alpha)
-        total += (
-            width / 2 * np.log(alpha)
-            + images / 2 * np.log(beta)
-            - logs / 2
-            - beta / 2 * residual
-            - alpha / 2 * weights
-            - images / 2 * np.log(2 * np.pi)
-        ) / images
-    return total / targets.shape[1]
 
 
 def _rows(probe: LabelledImages, labels: int) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from benchmarks.paper_local import LocalTeacher
 from benchmarks.paper_teachers import COUNT, path_of
-from coordinator.answers import AnswerCache, Question, image_keys
+from coordinator.answers import Question, RememberedAnswers, image_keys
 from coordinator.student import Student, StudentSpec, pooled_features
 from edge_teacher import bundle as bundles
 from edge_teacher.agent.pooling import attention_pool, mean_pool
@@ -43,7 +43,7 @@ class Fleet:
         self.identity = " ".join(identities)
         self._identities = identities
         self._run = run
-        self._cache = AnswerCache(work / "answers")
+        self._cache = RememberedAnswers(work / "answers")
 
     def pooled(self, index: int, images: Images) -> Floats:
         """[N, C]."""
@@ -96,7 +96,7 @@ class Fleet:
 
 def alike(work: Path) -> Fleet:
     """The table's own teachers."""
-    with AnswerCache(work / "answers") as cache:
+    with RememberedAnswers(work / "answers") as cache:
         teachers = [LocalTeacher(path_of(index, work), cache) for index in range(COUNT)]
 
     def run(index: int, images: Images) -> tuple[Floats, Floats]:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.transport_peers import DEVICE, Give, Given, running
@@ -32,35 +33,61 @@ _PORT = 1883
 
 def control_over_slow_link() -> float | None:
     """p99 in ms of 1 kB round trips during one answer of 32 MiB; None where it cannot be measured."""
-    missing = [tool for tool in ("ip", "tc", "mosquitto") if not _find(tool)]
-    if os.geteuid() != 0 or missing:
-        why = f"{', '.join(missing)} is missing" if missing else "only root makes namespaces"
+    why = why_no_link()
+    if why:
         print(f"10 Mbit/s link: not measured, {why}")
         return None
-    with _namespaces() as (here, there), tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "mosquitto.conf"
-        config.write_text(
-            f"listener {_PORT} {_HERE}\nallow_anonymous true\nset_tcp_nodelay true\nuser root\n"
-        )
-        binary = _find("mosquitto") or "mosquitto"
-        broker = subprocess.Popen(
-            [*_within(here), binary, "-c", str(config)], stderr=subprocess.DEVNULL
-        )
-        url = f"mqtt://{_HERE}:{_PORT}"
-        try:
-            time.sleep(1)
-            with running("device", url, within=_within(there)):
-                command = [*_within(here), sys.executable, "-m", "benchmarks.transport_link", url]
-                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        finally:
-            broker.kill()
-            broker.wait()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        slow_link(Path(folder)) as link,
+        running("device", link.url, within=link.there),
+    ):
+        command = [*link.here, sys.executable, "-m", "benchmarks.transport_link", link.url]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     print(output, end="")
     return float(output.split()[-1])
 
 
+def why_no_link() -> str:
+    """What is missing for `slow_link` here; empty if nothing is."""
+    missing = [tool for tool in ("ip", "tc", "mosquitto") if not find(tool)]
+    if missing:
+        return f"{', '.join(missing)} is missing"
+    return "" if os.geteuid() == 0 else "only root makes namespaces"
+
+
+@dataclass(frozen=True)
+class Link:
+    """Two ends of a link; `here` and `there` are what a command is run through at either."""
+
+    here: tuple[str, ...]
+    there: tuple[str, ...]
+    url: str
+    """Of the broker, which is here."""
+
+
 @contextmanager
-def _namespaces() -> Iterator[tuple[str, str]]:
+def slow_link(folder: Path) -> Iterator[Link]:
+    """A shaped link with a broker at one end, whose settings are put into `folder`."""
+    with namespaces() as (here, there):
+        config = folder / "mosquitto.conf"
+        config.write_text(
+            f"listener {_PORT} {_HERE}\nallow_anonymous true\nset_tcp_nodelay true\nuser root\n"
+        )
+        binary = find("mosquitto") or "mosquitto"
+        broker = subprocess.Popen(
+            [*within(here), binary, "-c", str(config)], stderr=subprocess.DEVNULL
+        )
+        try:
+            time.sleep(1)
+            yield Link(within(here), within(there), f"mqtt://{_HERE}:{_PORT}")
+        finally:
+            broker.kill()
+            broker.wait()
+
+
+@contextmanager
+def namespaces() -> Iterator[tuple[str, str]]:
     names = (f"fedsa-a-{os.getpid()}", f"fedsa-b-{os.getpid()}")
     ends = (f"fa{os.getpid()}", f"fb{os.getpid()}")
     try:
@@ -74,18 +101,18 @@ def _namespaces() -> Iterator[tuple[str, str]]:
             _run(*inside, "link", "set", "lo", "up")
             _run(*inside, "link", "set", end, "up")
             shape = ("tbf", "rate", RATE, "burst", "32kbit", "latency", QUEUE)
-            _run(*_within(name), "tc", "qdisc", "add", "dev", end, "root", *shape)
+            _run(*within(name), "tc", "qdisc", "add", "dev", end, "root", *shape)
         yield names
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
 
 
-def _within(namespace: str) -> tuple[str, ...]:
+def within(namespace: str) -> tuple[str, ...]:
     return ("ip", "netns", "exec", namespace)
 
 
-def _find(tool: str) -> str | None:
+def find(tool: str) -> str | None:
     return shutil.which(tool) or shutil.which(tool, path="/usr/sbin:/sbin")
 
 

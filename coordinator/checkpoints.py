@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
+from coordinator.adapted import Adapted
 from coordinator.config import (
     BrokerConfig,
     Config,
@@ -39,6 +40,9 @@ COPY = "copy "
 
 TARGETS = "targets of "
 """How the names of a task's targets begin."""
+
+AGREEMENT = "agreement of "
+"""How the names begin of what teachers' hints count by image."""
 
 
 class CurvePoint(msgspec.Struct, frozen=True):
@@ -90,6 +94,10 @@ class Record(msgspec.Struct):
     """Teachers that were set aside, in the order in which they were."""
     refitted: dict[str, float] = {}
     """By the name of a task's targets, where the student had a part in them: how good their head is."""
+    adapted: Adapted | None = None
+    """What of the fine-tuning was kept, where that was to choose."""
+    learnt: dict[str, float] = {}
+    """By teacher, what its hints weighed at the end of the last stage, where that is learnt."""
     about: dict[str, str] = {}
     """By teacher, what it is, in words: for one that is gone when the report is written."""
 
@@ -102,7 +110,7 @@ class Midway:
         epoch, step: how many epochs are finished, and how many steps of the next.
         optimiser: its state_dict.
         epoch_random: the stage's generator as it was before the epoch's order was drawn.
-        random: the same as it is now; global_random: torch's own, which dropout draws from.
+        random: the same as it is now.
     """
 
     stage: str
@@ -111,7 +119,6 @@ class Midway:
     optimiser: dict[str, Any]
     epoch_random: Tensor
     random: Tensor
-    global_random: Tensor
 
 
 class Run:
@@ -232,6 +239,14 @@ class Run:
         for key in [key for key in self.nets if key.startswith(TARGETS) and key not in wanted]:
             del self.nets[key]
             self.record.refitted.pop(key, None)
+
+    def keep_agreement(self, agreement: Mapping[str, State]) -> None:
+        """What hints count by image, of the selection that holds now; that of others is dropped. On disk
+        when this returns: the student that it was found with is about to change."""
+        for key in [k for k in self.nets if k.startswith(AGREEMENT) and k not in agreement]:
+            del self.nets[key]
+        self.nets.update(agreement)
+        self.save()
 
     def forget_parts(self, stage: str) -> None:
         """Drop what only the parts of a stage needed, which finishes next: copies and their random."""

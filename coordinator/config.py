@@ -117,9 +117,9 @@ class SelectionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which teachers take part, by where they and the student look."""
 
     strategy: Annotated[
-        Literal["evidence", "cosine", "sampled", "random", "all", "oracle"],
+        Literal["evidence", "logme", "cosine", "sampled", "random", "all", "oracle"],
         Meta(
-            description="evidence (of the labels), cosine or sampled (the paper's), random, all, oracle"
+            description="evidence or logme (of labels), cosine or sampled (the paper's), random, all, oracle"
         ),
     ] = "evidence"
     k: Annotated[int, Meta(ge=1, description="how many teachers are chosen")] = 3
@@ -144,6 +144,16 @@ class AggregationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     soft_targets: Annotated[
         float, Meta(ge=0, description="weight of the task head's soft predictions")
     ] = 1.0
+    weights: Annotated[
+        Literal["selection", "learnt"],
+        Meta(description="of the teachers' hints: the selection's, or learnt from these on"),
+    ] = "selection"
+    agreement: Annotated[
+        bool,
+        Meta(
+            description="hints count less where the teacher looks elsewhere; asks saliency of all images"
+        ),
+    ] = False
     temperature: Annotated[
         float, Meta(gt=0, description="of the soft predictions; below 1 sharpens")
     ] = 0.5
@@ -166,6 +176,16 @@ class AggregationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     def __post_init__(self) -> None:
         if not (self.hint_maps or self.hint_pooled or self.soft_targets):
             raise ValueError("hint_maps, hint_pooled and soft_targets are all 0: nothing to learn")
+        if self.agreement and not (self.hint_maps or self.hint_pooled):
+            raise ValueError(
+                "agreement is about hints, and hint_maps and hint_pooled are both 0; set one of them, or "
+                "agreement to false"
+            )
+        if self.weights == "learnt" and not (self.hint_maps or self.hint_pooled):
+            raise ValueError(
+                "weights are to be learnt of hints, and hint_maps and hint_pooled are both 0; set one of "
+                'them, or weights to "selection"'
+            )
 
 
 class HeadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -179,6 +199,25 @@ class FinetuneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     epochs: Annotated[int, Meta(ge=0, description="passes over the probe set")] = 5
     rate: Annotated[float, Meta(gt=0, description="the greatest learning rate")] = 0.005
+    average: Annotated[
+        float,
+        Meta(ge=0, le=1, description="share of its steps, the last, whose weights are averaged"),
+    ] = 0.0
+    held_out: Annotated[
+        float,
+        Meta(ge=0, le=0.5, description="share of the labels to choose its best epoch by"),
+    ] = 0.0
+    patience: Annotated[
+        int, Meta(ge=0, description="epochs without a better one before it stops; 0: it does not")
+    ] = 0
+
+    def __post_init__(self) -> None:
+        if not self.epochs and (self.average or self.held_out):
+            raise ValueError("epochs is 0: there is nothing to average, nor to choose an epoch of")
+        if self.patience and not self.held_out:
+            raise ValueError(
+                "patience waits for a better epoch by held-out labels, and held_out is 0; set it to 0.2, say"
+            )
 
 
 class ScratchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

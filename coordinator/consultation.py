@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.amalgamation.answers import TeacherAnswers, ask, ask_pooled
+from coordinator.amalgamation.answers import (
+    TeacherAnswers,
+    ask,
+    ask_attended,
+    ask_looks,
+    ask_pooled,
+)
 from coordinator.answers.checks import check_saliency
 from coordinator.checkpoints import RoundSelection, Run
 from coordinator.config import Config
@@ -19,6 +26,7 @@ from coordinator.roster import Roster
 from coordinator.selection import Evidence, Selection, select, strategy_named
 from coordinator.selection.probe import judge_of
 from coordinator.student import Student, grad_cam
+from coordinator.teachers import Teacher
 from coordinator.tracking import UNTRACKED, Tracking
 from edge_teacher.contract.errors import CheckFailed
 
@@ -95,6 +103,21 @@ class Consultation:
         by_maps = aggregation.soft_targets > 0 and any(
             task.kind.wants_maps for task in data.tasks.values()
         )
+
+        def question(teacher: Teacher) -> TeacherAnswers:
+            found = ask(
+                teacher,
+                data.probe_images,
+                data.transfer,
+                flips=aggregation.flips,
+                maps=aggregation.hint_maps > 0 or by_maps,
+                probe_maps=by_maps,
+            )
+            if aggregation.agreement:
+                looks = ask_looks(teacher, data.probe_images, data.transfer)
+                found = replace(found, looks=looks)
+            return found
+
         while True:
             selected = {s.task: s.selection.weights for s in self._run.record.selections}
             wanted = dict.fromkeys(name for weights in selected.values() for name in weights)
@@ -104,14 +127,7 @@ class Consultation:
             with self._timed("ask"), self._unless_too_few_are_left(number):
                 found = self._roster.ask(
                     asked,
-                    lambda teacher: ask(
-                        teacher,
-                        data.probe_images,
-                        data.transfer,
-                        flips=aggregation.flips,
-                        maps=aggregation.hint_maps > 0 or by_maps,
-                        probe_maps=by_maps,
-                    ),
+                    question,
                     f"features before {self._called(number)}",
                     self._progress.advance,
                 )
@@ -182,14 +198,20 @@ class Consultation:
     def _see(
         self, names: Iterable[str], images: NDArray[np.uint8], words: str
     ) -> dict[str, NDArray[np.float32]]:
-        """The pooled features of those who answer, [N, D]."""
+        """The pooled features of those who answer, [N, D], pooled as the strategy reads them."""
         asked = list(names)
         flips = self._config.aggregation.flips
+
+        def question(teacher: Teacher) -> NDArray[np.float32]:
+            if self._strategy.under_saliency:
+                return ask_attended(teacher, images, self.teacher_maps[teacher.name])
+            return ask_pooled(teacher, images, flips=flips)
+
         self._progress.begin("features", len(asked))
         with self._timed("saliency"):
             seen = self._roster.ask(
                 asked,
-                lambda teacher: ask_pooled(teacher, images, flips=flips),
+                question,
                 words,
                 self._progress.advance,
             )

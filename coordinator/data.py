@@ -6,6 +6,7 @@ images are at any depth of a folder or a tar archive, or in an .npz with `images
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,7 +103,7 @@ class SeveralTasks:
     """Tasks by name, in their order, and the unlabelled images that all of them share.
 
     Raises UsageError for no task, a name that is none, images of different sizes, labels that do not
-    fit, a test set with other classes, or a weight that is not above 0.
+    fit, a test set with other classes, or a weight that is not above 0 and finite.
     """
 
     tasks: Mapping[str, LabelledTask]
@@ -114,9 +115,9 @@ class SeveralTasks:
         checked = {}
         for name, task in self.tasks.items():
             check_name(name)
-            if not task.weight > 0:
+            if not 0 < task.weight < math.inf:
                 raise UsageError(
-                    f"The weight of the task {name} is {task.weight}; it must be above 0."
+                    f"The weight of the task {name} is {task.weight}; it must be a finite number above 0."
                 )
             probe = task.probe.checked(f"the probe set of {name}")
             require_size(

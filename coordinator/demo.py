@@ -20,7 +20,7 @@ from coordinator.data import SeveralTasks, read_configured
 from coordinator.fleet import Device
 from coordinator.pipeline import TaskRun, Timings, run_task
 from coordinator.report import Report
-from coordinator.terminal import TerminalProgress, console
+from coordinator.terminal import TerminalProgress, console, teachers_of
 from coordinator.tracking import tracked
 from edge_teacher.contract.errors import CheckFailed, FedsaError, Unreachable, UsageError
 from edge_teacher.keys import private_key_at
@@ -98,7 +98,7 @@ def _run_in(
         console.print(f"Broker: {broker.name} at {broker.address}")
         with timings.of("start agents"):
             devices = agents.wait(connection)
-        console.print(f"{len(devices)} teachers answer: {', '.join(d.name for d in devices)}")
+        console.print(f"{teachers_of(len(devices))} answer: {', '.join(d.name for d in devices)}")
         run = TaskRun(
             command="fedsa demo",
             task=TASK,

@@ -28,8 +28,9 @@ def load_tensors(path: Path, what: str) -> dict[str, Any]:
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise UsageError(f"{path}, {what}, cannot be read: {error.strerror}.") from error
     except Exception as error:
+        # torch and zipfile have many names for it, none of which a reader can do anything with.
         raise UsageError(
-            f"{path} is not {what}: {type(error).__name__} while reading it."
+            f"{path} is not {what}: it is cut off, damaged or another kind of file."
         ) from error
     if not isinstance(state, dict):
         raise UsageError(f"{path} is not {what}: it holds a {type(state).__name__}.")

@@ -81,7 +81,7 @@ class Fleet:
         wanted = (
             f"{', '.join(missing)} did not announce themselves"
             if missing
-            else (f"{len(found)} of {at_least} teachers announced themselves")
+            else (f"{len(found)} of {at_least} teacher{'s' * (at_least != 1)} announced themselves")
         )
         raise Unreachable(
             f"{wanted} within {timeout_s:g} s (online: {online}); are the agents running, and on "

@@ -229,6 +229,11 @@ def _reason(error: Exception) -> str:
 def npz_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
     if not path.is_file():
         raise UsageError(f"There is no data set at {path}.")
+    if not zipfile.is_zipfile(path):
+        # numpy would take it for a pickle, and say so.
+        raise UsageError(
+            f"{path} is not a readable .npz file (no zip archive: it is cut off, or another kind of file)."
+        )
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in ("images", "labels", "classes") if name in file}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from coordinator.amalgamation.task import Losses
 from coordinator.augmentation import Jitter
 from coordinator.checkpoints import Midway, Run
-from coordinator.optimisation import Descent, OneCycle, joint_batches, joint_steps
+from coordinator.optimisation import Descent, OneCycle, derived_seed, joint_batches, joint_steps
 from coordinator.progress import Progress
 from coordinator.ranks import ALONE, Ranks, speaking
 from coordinator.tracking import UNTRACKED, Meter, Tracking, numbers
@@ -71,6 +71,9 @@ class Lesson:
         cycle, first_step: the learning rate, and where in its cycle the lesson begins.
         prepare: called once, before the first step, and not again by a run that goes on.
         measure: called after every `measure_every` epochs and after the last.
+        stepped: called after every step with its number, from 1.
+        ended: called after every epoch, before `measure`, with how many are done; whether that was the
+            last. What these two remember is in `nets`.
     """
 
     name: str
@@ -85,6 +88,8 @@ class Lesson:
     prepare: Callable[[], None] | None = None
     measure: Measure | None = None
     measure_every: int = 5
+    stepped: Callable[[int], None] | None = None
+    ended: Callable[[int], bool] | None = None
 
 
 class Loop:
@@ -116,9 +121,9 @@ class Loop:
 
         Every loss goes to `run.record.losses`. Raises CheckFailed for a loss that is not finite.
         """
-        # What a net draws for itself (dropout) is a function of the stage too, and saved with it.
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(random.initial_seed() + self._ranks.rank)
+        on_cuda = any(p.is_cuda for module in lesson.trained for p in module.parameters())
+        # What this process draws elsewhere is none of a lesson's business.
+        with torch.random.fork_rng([torch.cuda.current_device()] if on_cuda else []):
             self._learn(lesson, random)
 
     def _learn(self, lesson: Lesson, random: torch.Generator) -> None:
@@ -146,18 +151,26 @@ class Loop:
             if midway and skip:
                 random.set_state(midway.random)
             for step in range(skip, per_epoch):
+                number = (finished - 1) * per_epoch + step + 1
+                # What a net draws for itself (dropout) is a function of the step, on any device: there
+                # is no state of it to keep, and each process draws its own.
+                name = f"{lesson.name}, step {number}, process {self._ranks.rank}"
+                torch.manual_seed(derived_seed(random.initial_seed(), name))
                 parts = self._step(lesson, computed, batches[step], random, descent)
+                if lesson.stepped:
+                    lesson.stepped(number)
                 record = self.run.record
                 meter.step(record.steps, numbers(parts), descent.rate, sum(map(len, batches[step])))
                 if step + 1 < per_epoch and self._due(step + 1):
                     self._save(lesson, descent, finished - 1, step + 1, epoch_random, random)
             skip = 0
             self._ranks.even_out(lesson.trained)
-            if lesson.measure and (
-                finished % lesson.measure_every == 0 or finished == lesson.epochs
-            ):
+            last = bool(lesson.ended and lesson.ended(finished)) or finished == lesson.epochs
+            if lesson.measure and (finished % lesson.measure_every == 0 or last):
                 lesson.measure(finished)
-            if finished < lesson.epochs and self._due():
+            if last:
+                break
+            if self._due():
                 self._save(lesson, descent, finished, 0, random.get_state(), random)
         meter.point(self.run.record.steps, descent.rate)
         self._progress.end()
@@ -208,7 +221,6 @@ class Loop:
         for key, net in lesson.nets.items():
             net.load_state_dict(self.run.nets[key])
         random.set_state(midway.random)
-        torch.set_rng_state(midway.global_random)
         return midway
 
     def _save(
@@ -229,7 +241,6 @@ class Loop:
                 optimiser=descent.state_dict(),
                 epoch_random=epoch_random,
                 random=random.get_state(),
-                global_random=torch.get_rng_state(),
             ),
             {key: net.state_dict() for key, net in lesson.nets.items()},
         )

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from coordinator.data import LabelledImages
 from coordinator.kinds import Kind
 from coordinator.kinds.kind import Labels
-from coordinator.student import Student
+from coordinator.student import Student, StudentSpec
 from edge_teacher import bundle as bundles
 from edge_teacher.bundle import StudentCard
 from edge_teacher.contract.errors import UsageError
 from export.checks.scoring import Scoring
 from export.graph import InputSpec
-from export.student import FP32, INT8_CPU, INT8_TENSORRT, export_student
+from export.student import FP32, INT8_CPU, INT8_TENSORRT, export_student, require_exportable
 from export.student_report import StudentReport
 
 # Of the decisions that rounding cannot change; it is what a card says of a classifier, whose all are so.
@@ -90,6 +90,18 @@ def package_student(
         "report.json": msgspec.json.format(msgspec.json.encode(exported.report), indent=1),
     }
     return PackagedStudent(bundles.pack(card, files, key), card, exported.report)
+
+
+def require_packageable(spec: StudentSpec) -> None:
+    """Before it is trained: whether a student of this form can be packaged. Raises what would stop it."""
+    student = Student(spec).eval()
+    for head, answers in spec.heads.items():
+        require_exportable(
+            student.network(head),
+            InputSpec((spec.height, spec.width), spec.mean, spec.std),
+            len(answers.classes),
+            scoring=_scoring(student.kind(head)),
+        )
 
 
 def _scoring(kind: Kind) -> Scoring:

@@ -18,13 +18,19 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from coordinator.answers import AnswerCache
+from coordinator.answers import RememberedAnswers
+from coordinator.checkpoints import begun
 from coordinator.config import Config
 from coordinator.connection import Connection
 from coordinator.data import SINGLE, SeveralTasks, TaskData, as_several
 from coordinator.encodings import EncodingLedger
 from coordinator.fleet import Device
-from coordinator.packaging import PackagedStudent, next_version, package_student
+from coordinator.packaging import (
+    PackagedStudent,
+    next_version,
+    package_student,
+    require_packageable,
+)
 from coordinator.parallel import in_parallel
 from coordinator.progress import Progress
 from coordinator.ranks import ALONE, Ranks
@@ -51,7 +57,7 @@ from coordinator.selection import Evidence, common_size, similarities
 from coordinator.shared_teachers import shared
 from coordinator.teachers import RemoteTeacher, Teacher
 from coordinator.tracking import UNTRACKED, Tracking
-from coordinator.training import TrainingResult, train
+from coordinator.training import TrainingResult, student_spec, train
 from edge_teacher.contract.errors import CheckFailed
 from edge_teacher.files import write_atomically
 
@@ -107,17 +113,35 @@ def train_along(
     devices: Sequence[Device],
 ) -> None:
     """What of `run_task` all processes but the first do: ask their share, and train."""
-    with AnswerCache(cache) as answers:
+    require_exportable_student(config, data, Path(os.devnull), ranks)
+    with RememberedAnswers(cache) as answers:
         teachers = _teachers(config, connection, devices, answers, EncodingLedger(), ranks)
         # Nothing is written there; who is online the first process says.
         train(config, data, teachers, Path(os.devnull), ranks=ranks)
+
+
+def require_exportable_student(
+    config: Config, data: TaskData | SeveralTasks, folder: Path, ranks: Ranks
+) -> None:
+    """A user's own network may be one that cannot be exported: that is known before it is trained.
+
+    In all processes, what the first one finds, which has the folder; a run that is gone on with has been
+    through it. Raises UsageError or CheckFailed.
+    """
+
+    def check() -> None:
+        if not begun(folder):
+            require_packageable(student_spec(config, as_several(data)))
+
+    if config.student.module:
+        ranks.first_does(check)
 
 
 def _teachers(
     config: Config,
     connection: Connection,
     devices: Sequence[Device],
-    cache: AnswerCache,
+    cache: RememberedAnswers,
     ledger: EncodingLedger,
     ranks: Ranks,
 ) -> dict[str, Teacher]:
@@ -144,7 +168,8 @@ def run_task(
     began = time.monotonic()
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     ledger = EncodingLedger()
-    with AnswerCache(run.cache, progress.say) as cache:
+    require_exportable_student(run.config, run.data, run.folder, run.ranks)
+    with RememberedAnswers(run.cache, progress.say) as cache:
         teachers = _teachers(run.config, connection, devices, cache, ledger, run.ranks)
         online = partial(_online, connection)
         result = train(
@@ -186,6 +211,8 @@ def run_task(
             student=tasks[0].student if len(tasks) == 1 else None,
             tasks=tasks,
             metric=joint_metric(tasks),
+            learnt=dict(result.learnt),
+            adapted=result.adapted,
             bytes_on_wire={
                 device: {m: Traffic(sent=b.sent, received=b.received) for m, b in methods.items()}
                 for device, methods in sorted(connection.caller.wire.items())
@@ -331,10 +358,16 @@ def _pictures(result: TrainingResult) -> Pictures:
     maps: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = {
         name: found[chosen] for name, found in result.teacher_maps.items()
     }
+    # Of the student as it is now, like the maps: a selection was made by an earlier one's.
+    every = {
+        name: similarities(result.student_maps, found, size)
+        for name, found in result.teacher_maps.items()
+    }
     return Pictures(
         images=data.probe_images[chosen],
         student=student,
         teachers=dict(maps),
-        similarities={name: similarities(student, found, size) for name, found in maps.items()},
+        similarities={name: found[chosen] for name, found in every.items()},
+        likeness={name: float(found.mean()) for name, found in every.items()},
         labels=tuple(labels),
     )

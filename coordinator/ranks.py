@@ -7,6 +7,7 @@ others do not, it is said here; alone, a process has nothing to say and all of t
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from coordinator.config import DistributedConfig
 from edge_teacher.contract.errors import FedsaError, UsageError
 
 T = TypeVar("T")
+
+_GLOO = re.compile(r"gloo|Connection (closed|reset|refused)|[Tt]imed out waiting|Broken pipe")
 
 
 class Apart(FedsaError):
@@ -170,14 +173,28 @@ ALONE = Ranks()
 
 @contextmanager
 def speaking() -> Iterator[None]:
-    """What goes wrong between the processes, as one sentence. Raises Apart."""
+    """What goes wrong between the processes, as one sentence. Raises Apart.
+
+    What goes wrong in the computing that they do meanwhile stays what it is.
+    """
     try:
         yield
-    except RuntimeError as error:  # torch has no narrower type for a peer that is gone
+    except RuntimeError as error:
+        if not between_processes(error):
+            raise
         raise Apart(
             "another process of this run has ended or cannot be reached; its own last words say why "
             f"({_reason(error)})"
         ) from error
+
+
+def between_processes(error: RuntimeError) -> bool:
+    """Whether this is about another process, and not about what this one computes.
+
+    NCCL and the store have types of their own; gloo raises the plain RuntimeError that everything in torch
+    raises, and can be told by where it says that it was.
+    """
+    return isinstance(error, dist.DistError) or bool(_GLOO.search(str(error)))
 
 
 @contextmanager

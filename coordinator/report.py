@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.adapted import Adapted
 from coordinator.encodings import EncodingCost
 from coordinator.roster import Lost
 from edge_teacher.contract.errors import UsageError
@@ -144,6 +145,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         student: what its export measured; None where nothing was exported, or several were (`tasks`).
         tasks: each task by itself; one, where the student learnt one.
         metric: what the accuracies are.
+        learnt: teacher id to what its hints weighed at last, of 1, where that was learnt; else empty.
+        adapted: which weights the fine-tuning ended with; None where that was not to choose.
         bytes_on_wire: device id to method to traffic.
         encodings: device id to encoding (such as `u8+zstd`) to what it was used for and cost.
         lost: teachers that were set aside, in the order in which they were.
@@ -171,6 +174,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     software: dict[str, str] = {}
     tasks: tuple[TaskResult, ...] = ()
     metric: str = "accuracy"
+    learnt: dict[str, float] = {}
+    adapted: Adapted | None = None
     format: Literal[1] = 1
 
 
@@ -183,6 +188,7 @@ class Pictures:
         student: maps float[n, s, s] in [0, 1].
         teachers: teacher id to maps float[n, S, S] in [0, 1].
         similarities: teacher id to float[n] in [0, 1], the similarity to the student's map.
+        likeness: teacher id to the mean of that over all probe images, shown or not.
         labels: n class names, or none.
     """
 
@@ -190,6 +196,7 @@ class Pictures:
     student: NDArray[np.float32]
     teachers: dict[str, NDArray[np.float32]]
     similarities: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    likeness: dict[str, float] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

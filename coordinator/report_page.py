@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from statistics import fmean
@@ -10,7 +11,16 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from coordinator.report import TOTAL, Pictures, Report, Traffic, metric_name
+from coordinator.adapted import in_words
+from coordinator.report import (
+    TOTAL,
+    Pictures,
+    Report,
+    TaskResult,
+    TeacherResult,
+    Traffic,
+    metric_name,
+)
 from coordinator.report_charts import Chart, learning_curves
 from coordinator.report_pictures import describe, heat_uri, legend_uri, photograph_uri
 from export.student_report import StudentReport
@@ -37,6 +47,15 @@ class Cell:
     uri: str
     words: str
     similarity: float | None
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The last selection for a task, with the bar of each teacher's score; no name, of the only one."""
+
+    task: str
+    teachers: tuple[TeacherResult, ...]
+    bars: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,7 @@ def render(report: Report, pictures: Pictures | None) -> str:
         "value": value,
         "moment": moment,
         "metric": metric_name,
+        "deployed_range": deployed_range,
     }
     stages = {stage: taken for stage, taken in report.seconds.items() if stage != TOTAL}
     page: str = environment.get_template("report.html.j2").render(
@@ -83,7 +103,10 @@ def render(report: Report, pictures: Pictures | None) -> str:
         methods=methods(report),
         totals={device: total(by_method) for device, by_method in report.bytes_on_wire.items()},
         settings=settings(report.config),
-        score_bars=score_bars(report),
+        several=len(report.tasks) > 1,
+        selections=selections(report),
+        adapted=None if report.adapted is None else in_words(report.adapted),
+        likeness={} if pictures is None else pictures.likeness,
         students=students(report),
         stages=stages,
         # Some stages overlap and some time lies between them: the whole is measured, not summed.
@@ -95,11 +118,23 @@ def render(report: Report, pictures: Pictures | None) -> str:
 def headline(report: Report) -> str:
     """The result in one sentence."""
     accuracy = report.accuracy
-    chosen = sum(t.selected for t in report.teachers)
-    asked = f"{chosen} of {len(report.teachers)} private teachers"
+    chosen, there = sum(t.selected for t in report.teachers), len(report.teachers)
+    asked = f"{chosen} of {there} private teacher{'s' * (there != 1)}"
     if accuracy.fedsa_fp32 is None:
         return f"A student learnt from {asked}; how well it does was not measured in this run."
     reached = percent(accuracy.fedsa_fp32)
+    if len(report.tasks) > 1:
+        # What the tasks are measured by may differ: the names are with the numbers.
+        tasks = f"{len(report.tasks)} tasks"
+        if accuracy.scratch is None:
+            return f"A student of {tasks} that learnt from {asked} has {reached} on average."
+        start, fell = percent(accuracy.scratch), accuracy.fedsa_fp32 < accuracy.scratch
+        if fell:
+            return (
+                f"Asking {asked} did not help: over its {tasks} the student fell from {start} to "
+                f"{reached} on average."
+            )
+        return f"Asking {asked} took a student of {tasks} from {start} to {reached} on average."
     if report.metric != "accuracy":
         reached = f"{reached} {metric_name(report.metric)}"
     if accuracy.scratch is None:
@@ -124,6 +159,8 @@ def deployed_line(report: Report) -> str:
     low, high = percent(min(deployed.values())), percent(max(deployed.values()))
     mean = percent(fmean(deployed.values()))
     spread = "" if low == high else f" ({low} to {high})"
+    if len(report.tasks) > 1:
+        return f"As INT8 on {devices}, it has {mean} on average over its tasks{spread}."
     if report.metric != "accuracy":
         return f"As INT8 on {devices}, it has {mean} {metric_name(report.metric)}{spread}."
     return f"As INT8 on {devices}, it answers {mean} right{spread}."
@@ -167,17 +204,33 @@ def lost_lines(report: Report) -> list[str]:
     return lines
 
 
-def score_bars(report: Report) -> dict[str, float]:
+def score_bars(teachers: Sequence[TeacherResult]) -> dict[str, float]:
     """Teacher id to the share of its bar that is filled: from a little for the least score to all.
 
     Scores lie close together, so a bar from zero would show nothing; the numbers stand beside it.
     """
-    scores = [t.score for t in report.teachers]
+    scores = [t.score for t in teachers]
     spread = max(scores, default=0.0) - min(scores, default=0.0)
     return {
         t.id: 0.12 + 0.88 * (t.score - min(scores)) / spread if spread > 0 else 1.0
-        for t in report.teachers
+        for t in teachers
     }
+
+
+def selections(report: Report) -> list[Selected]:
+    """One for each task, or the only one."""
+    if len(report.tasks) < 2:
+        return [Selected("", report.teachers, score_bars(report.teachers))]
+    return [Selected(task.name, task.teachers, score_bars(task.teachers)) for task in report.tasks]
+
+
+def deployed_range(task: TaskResult) -> str:
+    """What the devices' answers reach, from the least to the greatest."""
+    found = task.accuracy.deployed
+    if not found:
+        return "\u2013"
+    low, high = percent(min(found.values())), percent(max(found.values()))
+    return low if low == high else f"{low} to {high}"
 
 
 def methods(report: Report) -> list[str]:

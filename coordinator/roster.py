@@ -155,7 +155,8 @@ class Roster:
         reasons = "; ".join(f"{n} ({one.stage}: {one.why})" for n, one in self._away().items())
         known = len(self._away().keys() | self._teachers.keys())
         raise CheckFailed(
-            f"of {known} teachers {left} can be asked, and devices.least is {self._least}: {reasons}. "
+            f"of {known} teacher{'s' * (known != 1)} {left} can be asked, and devices.least is "
+            f"{self._least}: {reasons}. "
             "What was trained is kept, and the run can be gone on with when they are back."
         )
 

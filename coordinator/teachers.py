@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.answers import AnswerCache, Question, image_keys
+from coordinator.answers import Question, RememberedAnswers, image_keys
 from coordinator.answers.checks import flat_maps
 from coordinator.encodings import EncodingLedger
 from coordinator.questions import PATIENCE_S, Query, Questions, Tensors
@@ -73,7 +73,7 @@ class RemoteTeacher:
         self,
         caller: Caller,
         card: Card,
-        cache: AnswerCache,
+        cache: RememberedAnswers,
         ledger: EncodingLedger | None = None,
         *,
         patience_s: float = PATIENCE_S,

@@ -66,6 +66,11 @@ def percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.1f} %"
 
 
+def teachers_of(number: int) -> str:
+    """1 -> "1 teacher"."""
+    return f"{number} teacher{'s' * (number != 1)}"
+
+
 def plain(struct: Any) -> Any:
     """A struct as what JSON knows."""
     return msgspec.to_builtins(struct)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from coordinator.task_flags import require_settings
 from coordinator.terminal import console as stderr
-from coordinator.terminal import percent, plain, print_json, printable, stdout
+from coordinator.terminal import percent, plain, print_json, printable, stdout, teachers_of
 from edge_teacher.contract.errors import Unreachable, UsageError
 from edge_teacher.contract.topics import check_name
 from edge_teacher.keys import private_key_at
@@ -119,7 +119,7 @@ def finish(report: Any, folder: Path, options: argparse.Namespace) -> None:
         table.add_row(f"INT8, as {len(answers)} devices answer", spread)
     stdout.print(table)
     chosen = [f"{t.id} ({t.weight:.2f})" for t in report.teachers if t.selected]
-    stdout.print(f"Selected of {len(report.teachers)} teachers: {', '.join(chosen)}")
+    stdout.print(f"Selected of {teachers_of(len(report.teachers))}: {', '.join(chosen)}")
     for one in report.lost:
         stdout.print(printable(f"Set aside: {one.teacher}, at {one.stage}: {one.why}"))
     stdout.print(f"{report.seconds['total']:.0f} s; report: {folder / 'report.html'}")
@@ -189,7 +189,7 @@ def _train(options: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(folder, "command"))
         there_now = list(dict.fromkeys([*begun.devices, *names]))
-        stderr.print(f"{len(devices)} teachers: {', '.join(names)}")
+        stderr.print(f"{teachers_of(len(devices))}: {', '.join(names)}")
         stderr.print(f"This run is in {folder}; with --resume {folder.name} it goes on")
         tracking = stack.enter_context(tracked(folder, folder.name, config, stderr.print))
         run = TaskRun(

@@ -19,10 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from coordinator.adaptation import Adaptation, hold_out
+from coordinator.adapted import Adapted, in_words
 from coordinator.amalgamation.aggregation import RoundPlan, run_round
+from coordinator.amalgamation.agreement import agreements
 from coordinator.amalgamation.task import AmalgamationTask, Losses
 from coordinator.augmentation import with_views
-from coordinator.checkpoints import CurvePoint, RoundSelection, Run
+from coordinator.checkpoints import AGREEMENT, COPY, CurvePoint, RoundSelection, Run
 from coordinator.config import AggregationConfig, Config, ScratchConfig, WarmupConfig
 from coordinator.consultation import Consultation
 from coordinator.data import SeveralTasks, TaskData, as_several
@@ -61,7 +64,8 @@ class TrainingResult:
     task's after the other's, the student's as it is at the end. Accuracies are the first metric of the
     task's kind on the test set, with several tasks the mean over those that have one, absent without
     any; `metrics` has every metric by net, task and name. Seconds are by stage.
-    `about` says what each teacher is, gone ones too.
+    `about` says what each teacher is, gone ones too; `learnt` what the hints of each weighed at last, where
+    that is learnt; `adapted` which weights the fine-tuning ended with, where that was to choose.
     """
 
     data: SeveralTasks
@@ -78,6 +82,8 @@ class TrainingResult:
     seconds: Mapping[str, float]
     lost: tuple[Lost, ...] = ()
     about: Mapping[str, str] = field(default_factory=dict)
+    learnt: Mapping[str, float] = field(default_factory=dict)
+    adapted: Adapted | None = None
 
     def last_selections(self) -> dict[str, Selection]:
         """By task."""
@@ -116,8 +122,9 @@ def train(
         random = stage_generator(config.seed, "views")
         views = with_views(tasks.transfer, config.aggregation.views, config.shift, random)
         tasks = replace(tasks, transfer=views)
+    learnt, held = hold_out(tasks, config.finetune.held_out, config.seed)
     require_judgeable(config, tasks)
-    require_shares(config, tasks, ranks)
+    require_shares(config, learnt, ranks)
     cores = max(1, len(os.sched_getaffinity(0)) // ranks.local_world)
     torch.set_num_threads(config.threads or cores)
     device = ranks.device(config.student.device)
@@ -137,27 +144,21 @@ def train(
         keep=run.save,
     )
     roster.missing(run.record.teachers)
-    spec = StudentSpec.of_images(
-        tasks.transfer,
-        {name: HeadSpec(t.probe.kind, t.classes) for name, t in tasks.tasks.items()},
-        config.student.channels,
-        architecture=config.student.architecture,
-        module=config.student.module,
-        feature_layer=config.student.feature_layer,
-    )
+    spec = student_spec(config, tasks)
 
-    def stage(name: str) -> Stage:
-        return Stage(name, config, tasks, run, progress, ranks, tracking)
+    def stage(name: str, of: SeveralTasks = learnt) -> Stage:
+        return Stage(name, config, of, run, progress, ranks, tracking)
 
     scratch = _new_student(spec, config.seed).to(device)
     if config.scratch.epochs:
-        _learn_labels(stage("scratch"), "scratch", scratch, config.scratch)
+        # It chooses nothing, and so has no need to hold labels out.
+        _learn_labels(stage("scratch", tasks), "scratch", scratch, config.scratch)
 
     # The same first weights as the baseline's: what differs in the end is what the teachers gave.
     student = _new_student(spec, config.seed).to(device)
     _learn_labels(stage("warm-up"), "student", student, config.warmup)
 
-    consultation = Consultation(config, tasks, run, roster, progress, ranks, tracking)
+    consultation = Consultation(config, learnt, run, roster, progress, ranks, tracking)
     consultation.open()
     task: AmalgamationTask | None = None
     for number in range(config.aggregation.rounds):
@@ -178,7 +179,7 @@ def train(
         if not finetune.resumed(student=student):
             if task is None:
                 task = _task(finetune, student, consultation, config.aggregation.rounds)
-            _fine_tune(finetune, task)
+            _fine_tune(finetune, task, held)
 
     roster.roll_call("end")
     student.eval()
@@ -205,20 +206,34 @@ def train(
         seconds=run.record.seconds,
         lost=tuple(run.record.lost),
         about=dict(run.record.about),
+        learnt=dict(run.record.learnt),
+        adapted=run.record.adapted,
+    )
+
+
+def student_spec(config: Config, data: SeveralTasks) -> StudentSpec:
+    """Of the student that a run with these settings trains."""
+    return StudentSpec.of_images(
+        data.transfer,
+        {name: HeadSpec(task.probe.kind, task.classes) for name, task in data.tasks.items()},
+        config.student.channels,
+        architecture=config.student.architecture,
+        module=config.student.module,
+        feature_layer=config.student.feature_layer,
     )
 
 
 def require_enough(config: Config, teachers: int) -> None:
     """Known before the baseline and the warm-up, not after. Raises UsageError."""
+    there = "is 1 teacher" if teachers == 1 else f"are {teachers} teachers"
     if config.selection.strategy != "all" and config.selection.k > teachers:
-        there = "is 1 teacher" if teachers == 1 else f"are {teachers} teachers"
         raise UsageError(
             f"selection.k is {config.selection.k} and there {there}; "
             "start more of them or choose a smaller k."
         )
     if config.devices.least > teachers:
         raise UsageError(
-            f"devices.least is {config.devices.least}, and {teachers} teachers are there; "
+            f"devices.least is {config.devices.least}, and there {there}; "
             "start more of them or choose a smaller number."
         )
 
@@ -303,6 +318,7 @@ def _task(
     """The task for the teachers selected last."""
     data = stage.data
     selected = consultation.ask(number, student)
+    agreement = _agreement(stage, student, consultation, selected)
     with stage.run.timed("head"):
         task = AmalgamationTask(
             student,
@@ -313,9 +329,35 @@ def _task(
             stage.config.aggregation,
             stage.config.head,
             stage.config.seed,
+            agreement,
         )
     _go_on_refitted(stage, task, number)
     return task
+
+
+def _agreement(
+    stage: Stage,
+    student: Student,
+    consultation: Consultation,
+    selected: Mapping[str, Mapping[str, float]],
+) -> dict[str, Tensor]:
+    """What the hints of those selected count by image, by the student as it was when they were."""
+    if not stage.config.aggregation.agreement:
+        return {}
+    run = stage.run
+    place = run.record.selections[-1].round + 1
+    names = sorted({name for weights in selected.values() for name in weights})
+    keys = {name: f"{AGREEMENT}{name} before round {place}" for name in names}
+    missing = [name for name in names if keys[name] not in run.nets]
+    if missing:
+        with run.timed("agreement"):
+            # One for all: machines that round differently would see other maps.
+            found = stage.ranks.first_does(
+                lambda: agreements(student, stage.data, consultation.answers, selected, missing)
+            )
+        known = {keys[n]: run.nets[keys[n]] for n in names if n not in found}
+        run.keep_agreement(known | {keys[name]: {"each": found[name]} for name in missing})
+    return {name: run.nets[key]["each"] for name, key in keys.items()}
 
 
 def _go_on_refitted(stage: Stage, task: AmalgamationTask, number: int) -> None:
@@ -408,24 +450,38 @@ def _aggregate(stage: Stage, number: int, task: AmalgamationTask) -> None:
     with stage.run.timed("aggregate"):
         run_round(task, plan, learn)
         stage.measure(len(task) * config.aggregation.epochs, task.student)
+    _keep_weights(stage, task)
     stage.run.forget_parts(stage.name)
     stage.finish(**task.nets())
 
 
-def _fine_tune(stage: Stage, task: AmalgamationTask) -> None:
+def _keep_weights(stage: Stage, task: AmalgamationTask) -> None:
+    if stage.config.aggregation.weights != "learnt":
+        return
+    weights = dict(task.shares())
+    stage.run.record.learnt = weights
+    steps = stage.run.record.steps
+    stage.tracking.write(steps, {f"weight/{name}": weight for name, weight in weights.items()})
+
+
+def _fine_tune(stage: Stage, task: AmalgamationTask, held: SeveralTasks | None) -> None:
     """A fresh head, then all of the student at a low rate, on the labels of the probe set.
 
     The head is fitted like a task head, to features that hold still, and so does no harm to them.
     Every step also keeps up the aggregation's loss on as many transfer images: fifty images of a
-    class would else have the student forget what thousands taught it.
+    class would else have the student forget what thousands taught it. Which weights it ends with,
+    `Adaptation` says, by the labels of `held` if there are any.
     """
     config, data = stage.config, stage.data
     student = task.student
     recipe = config.finetune
     probes = Probes(data)
+    steps = recipe.epochs * joint_steps(probes.sizes, config.batch)
+    adaptation = Adaptation(student, recipe, task.images, held, steps, stage.ranks)
 
     def prepare() -> None:
         _fresh_heads(student, data, Fit(config.head.folds, config.seed))
+        adaptation.ended(0)
 
     def draw(batches: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Drawn, ...]:
         labelled = [stage.drawn(index, generator) for index in batches]
@@ -438,21 +494,27 @@ def _fine_tune(stage: Stage, task: AmalgamationTask) -> None:
         value = value + task.loss(student, kept.index, kept.jitter, task.weights)[0]
         return value, Losses(float(value.detach()))
 
-    steps = recipe.epochs * joint_steps(probes.sizes, config.batch)
     lesson = Lesson(
         name=stage.name,
-        nets=task.nets(),
-        trained=[student, *task.translators(task.weights).values()],
+        nets={**task.nets(), **adaptation.nets(COPY)},
+        trained=[student, *task.trained(task.weights).values()],
         images=probes.sizes,
         epochs=recipe.epochs,
         cycle=OneCycle(recipe.rate, steps),
         draw=draw,
         loss=loss,
         prepare=prepare,
-        measure=lambda epoch: stage.measure(epoch * sum(probes.sizes), student),
+        measure=lambda epoch: stage.measure(epoch * sum(probes.sizes), adaptation.current()),
+        stepped=adaptation.stepped,
+        ended=adaptation.ended,
     )
     with stage.run.timed(stage.name):
         stage.learn(lesson, stage.generator())
+    stage.run.record.adapted = adaptation.finish()
+    if stage.run.record.adapted is not None:
+        stage.progress.say(f"The fine-tuning {in_words(stage.run.record.adapted)}")
+    _keep_weights(stage, task)
+    stage.run.forget_parts(stage.name)
     stage.finish(**task.nets())
 
 

@@ -34,7 +34,18 @@ def locked(folder: Path, who: str) -> Iterator[None]:
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Temporary name in the same folder, fsync, rename, fsync of the folder."""
+    """Temporary name in the same folder, fsync, rename, fsync of the folder.
+
+    Raises OSError, whose `filename` is `path`, if the disk is full or the folder not to be written to.
+    """
+    try:
+        _write(path, data, mode)
+    except OSError as error:
+        # Of a full disk the system does not say which file met it, or names the temporary one.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -41,6 +41,7 @@ __all__ = [
     "StudentFiles",
     "StudentReport",
     "export_student",
+    "require_exportable",
 ]
 
 FP32 = "student.fp32.onnx"
@@ -125,6 +126,20 @@ def export_student(
         software={m.__name__: str(m.__version__) for m in (np, onnx, onnxruntime, torch)},
     )
     return StudentFiles(files, report, canary)
+
+
+def require_exportable(
+    module: nn.Module, given: InputSpec, classes: int, *, scoring: Scoring = TOP_1
+) -> None:
+    """Whether a student of this form can become a file at all; its weights do not matter.
+
+    For before the training, which takes long. Arguments as for `export_student`. Raises UsageError or
+    CheckFailed as it would.
+    """
+    module = copy.deepcopy(module).to("cpu", torch.float32).eval()
+    model = take_uint8_images(_to_onnx(module, given, classes, scoring.dimensions), given)
+    session = OnnxClassifier(model.SerializeToString())
+    session.logits(np.zeros((2, *given.size, 3), np.uint8))
 
 
 def _to_onnx(module: nn.Module, given: InputSpec, classes: int, dimensions: int) -> onnx.ModelProto:

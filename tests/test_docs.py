@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coordinator.answers import AnswerCache, Question, image_keys
+from coordinator.answers import Question, RememberedAnswers, image_keys
 from export.graph import coverage
 from tests.edge_teacher.nets import pictures
 from tests.examples import ROOT
@@ -141,7 +141,7 @@ def coverage_table() -> str:
 
 def test_looking_at_what_is_remembered_and_forgetting_it(shell: Shell) -> None:
     asked = Question(bundle="ab" * 32, method="saliency", query="{}", image_size=(8, 8))
-    with AnswerCache(shell.folder / "runs" / "answers") as cache:
+    with RememberedAnswers(shell.folder / "runs" / "answers") as cache:
         cache.remember(asked, "d1", image_keys(pictures(3)), np.ones((3, 4, 4), np.float16))
     for kind, commands in blocks(ROOT / "docs" / "answers.md"):
         shell.run(kind, commands)

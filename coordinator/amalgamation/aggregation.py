@@ -3,7 +3,7 @@
 *joint*: one student minimises sum_i w_i L_i over the images.
 *fedavg*: for every selected teacher i a copy of the student minimises L_i, then
 theta_S <- sum_i w_i theta_i (McMahan et al. 2017, as in the FedSA paper, where the copies live
-with the clients).
+with the clients). The w_i are those of the selection, or where weights are learnt what they are by then.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def run_round(task: AmalgamationTask, plan: RoundPlan, learn: Learn) -> None:
     copies = {}
     for name in task.weights:
         copies[name] = copy.deepcopy(task.student)
-        nets = {f"{COPY}{name}": copies[name], **task.translators([name])}
+        nets = {f"{COPY}{name}": copies[name], **task.trained([name])}
         learn(_lesson(task, part_name(plan, name), nets, copies[name], {name: 1.0}, plan))
     states = {name: student.state_dict() for name, student in copies.items()}
-    task.student.load_state_dict(average(states, task.weights))
+    task.student.load_state_dict(average(states, task.shares()))
 
 
 def part_name(plan: RoundPlan, teacher: str) -> str:
@@ -93,7 +93,7 @@ def _lesson(
         name=name,
         nets=nets,
         # Each round starts its own momentum: a round is then a function of the weights it starts from.
-        trained=[student, *task.translators(weights).values()],
+        trained=[student, *task.trained(weights).values()],
         images=[len(task)],
         epochs=plan.epochs,
         cycle=plan.cycle,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coordinator.amalgamation.hints import maps_scale, signed_root
-from coordinator.answers.checks import check_answer
+from coordinator.answers.checks import check_answer, check_saliency
 from edge_teacher.contract.errors import CheckFailed
 
 _BLOCK = 256
@@ -23,13 +23,15 @@ class TeacherAnswers:
 
     pooled_probe [P, C] and pooled_transfer [U, C] are signed roots, float32. maps_transfer
     [U, C, h, w] is of unit scale, and float16 because it is the one thing here that can be large;
-    None if not asked for. maps_probe [P, C, h, w] is divided by the same number.
+    None if not asked for. maps_probe [P, C, h, w] is divided by the same number. looks [U + P, S, S] in
+    [0, 1], float16, are saliency maps of the transfer, then the probe images; None if not asked for.
     """
 
     pooled_probe: Tensor
     pooled_transfer: Tensor
     maps_transfer: Tensor | None
     maps_probe: Tensor | None = None
+    looks: Tensor | None = None
 
 
 class Sight(Protocol):
@@ -99,6 +101,34 @@ def ask_pooled(teacher: Sight, images: NDArray[np.uint8], *, flips: bool) -> NDA
         _require_same(teacher, pooled, other, what)
         pooled = ((pooled + other) / 2).astype(np.float32)
     return pooled
+
+
+class Looking(Protocol):
+    """As much of a `Teacher` as is asked where it looks, and what it sees there."""
+
+    @property
+    def name(self) -> str: ...
+
+    def saliency(self, images: NDArray[np.uint8]) -> NDArray[np.float32]: ...
+
+    def attended(
+        self, images: NDArray[np.uint8], attention: NDArray[np.float32]
+    ) -> NDArray[np.float32]: ...
+
+
+def ask_attended(
+    teacher: Looking, images: NDArray[np.uint8], maps: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """The features of images uint8[N, H, W, 3] pooled under maps [N, S, S], float32[N, C]."""
+    answer = teacher.attended(images, maps)
+    return check_answer(teacher.name, answer, len(images), 2, "features under its saliency")
+
+
+def ask_looks(teacher: Looking, probe: NDArray[np.uint8], transfer: NDArray[np.uint8]) -> Tensor:
+    """`TeacherAnswers.looks`. Raises CheckFailed for maps that are none, or all flat."""
+    images = np.concatenate([transfer, probe])
+    maps = check_saliency(teacher.name, teacher.saliency(images), len(images))
+    return torch.from_numpy(maps).half()
 
 
 def _maps(teacher: Sight, images: NDArray[np.uint8]) -> Tensor:

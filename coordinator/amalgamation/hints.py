@@ -13,22 +13,37 @@ from torch.nn import functional as F
 _EPSILON = 1e-6
 
 
-def map_hint(translator: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
+def map_hint(
+    translator: nn.Module, student: Tensor, teacher: Tensor, each: Tensor | None = None
+) -> Tensor:
     """mean ||R(F_S) - F_T||^2 over images, channels and pixels; a scalar.
 
     student [N, c, h, w] is brought to the spatial size of teacher [N, C, H, W] before it is
-    translated, so that what the teacher said is compared as it was said.
+    translated, so that what the teacher said is compared as it was said. `each` [N]: what every image
+    counts; 1 if not given.
     """
     if student.shape[2:] != teacher.shape[2:]:
         student = F.interpolate(
             student, list(teacher.shape[2:]), mode="bilinear", align_corners=False
         )
-    return F.mse_loss(translator(student), teacher)
+    return _distance(translator(student), teacher, each)
 
 
-def pooled_hint(translator: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
-    """mean ||R(f_S) - f_T||^2 over images and channels; student [N, c], teacher [N, C]."""
-    return F.mse_loss(translator(student), teacher)
+def pooled_hint(
+    translator: nn.Module, student: Tensor, teacher: Tensor, each: Tensor | None = None
+) -> Tensor:
+    """mean ||R(f_S) - f_T||^2 over images and channels; student [N, c], teacher [N, C].
+
+    `each` as for `map_hint`.
+    """
+    return _distance(translator(student), teacher, each)
+
+
+def _distance(student: Tensor, teacher: Tensor, each: Tensor | None) -> Tensor:
+    if each is None:
+        return F.mse_loss(student, teacher)
+    by_image = F.mse_loss(student, teacher, reduction="none").flatten(1).mean(1)
+    return (each.to(by_image.device) * by_image).mean()
 
 
 def maps_scale(maps: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from coordinator.amalgamation.answers import TeacherAnswers, ask
 from coordinator.amalgamation.hints import map_hint, pooled_hint, standardise
 from coordinator.amalgamation.translators import MapTranslator, PooledTranslator
+from coordinator.amalgamation.uncertainty import Uncertainty, shares, weighed
 from coordinator.augmentation import Jitter
 from coordinator.checkpoints import TARGETS
 from coordinator.config import AggregationConfig, HeadConfig
@@ -74,8 +75,9 @@ class AmalgamationTask:
         + soft_targets * sum_t v_t (how far the head of task t is from the predictions for t)
 
     with v_t the weights of the tasks and w_i = sum_t v_t w_ti / sum_t v_t, w_ti being teacher i's
-    weight in the selection for task t. A task's probe images come along with their labels for
-    predictions: the few labels are the best targets there are.
+    weight in the selection for task t; where weights are learnt they begin as these (`uncertainty`).
+    A task's probe images come along with their labels for predictions: the few labels are the best
+    targets there are.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class AmalgamationTask:
         config: AggregationConfig,
         head: HeadConfig,
         seed: int,
+        agreement: Mapping[str, Tensor] | None = None,
     ) -> None:
         """`selected` has for each task the weights of the teachers selected for it; `answers` has theirs,
         and `saved` the states of nets trained earlier, by the names that `nets` gives them. `targets` are
@@ -97,6 +100,7 @@ class AmalgamationTask:
         self.config = config
         self.weights = joint_weights(data, selected)
         self.images = torch.from_numpy(np.concatenate([data.transfer, data.probe_images]))
+        self._agreement = agreement or {}
         self._transfer = len(data.transfer)
         self._shares = {name: task.weight for name, task in data.tasks.items()}
         self._fit = Fit(head.folds, seed)
@@ -121,6 +125,7 @@ class AmalgamationTask:
         self._pooled: dict[str, Tensor] = {}
         self._maps: dict[str, Tensor] = {}
         self._translators: dict[str, nn.Module] = {}
+        self._uncertainties: dict[str, dict[str, Uncertainty]] = {}
         for name in self.weights:
             if config.hint_pooled:
                 target = self._pooled[name] = _standard_pooled(answers[name])
@@ -147,6 +152,11 @@ class AmalgamationTask:
         self._translators[key] = made.to(self.student.mean.device)
         if key in saved:
             self._translators[key].load_state_dict(saved[key])
+        if self.config.weights == "learnt":
+            learnt = Uncertainty().to(self.student.mean.device)
+            self._uncertainties.setdefault(kind, {})[name] = learnt
+            if _weight_key(kind, name) in saved:
+                learnt.load_state_dict(saved[_weight_key(kind, name)])
 
     def __len__(self) -> int:
         """How many images there are to train on."""
@@ -178,7 +188,7 @@ class AmalgamationTask:
     def nets(self) -> dict[str, nn.Module]:
         """The trainable parts by name; their states are the task's checkpoint."""
         targets = {self.targets[name]: net for name, net in self._targets.items()}
-        return {"student": self.student, **self._translators, **targets}
+        return {"student": self.student, **self.trained(self.weights), **targets}
 
     def refit(self, names: Collection[str] | None = None) -> None:
         """Fit the task heads again, on what the student itself sees beside what the teachers do.
@@ -207,10 +217,30 @@ class AmalgamationTask:
             self.taught[name] = replace(first, soft=again.soft)
             self._targets[name].soft.copy_(again.soft)
 
-    def translators(self, teachers: Iterable[str]) -> dict[str, nn.Module]:
-        """The translators of some teachers, by the names that `nets` gives them."""
-        keys = (f"{kind} {name}" for name in teachers for kind in ("pooled", "maps"))
-        return {key: self._translators[key] for key in keys if key in self._translators}
+    def trained(self, teachers: Iterable[str]) -> dict[str, nn.Module]:
+        """What is learnt about some teachers besides the student, by the names that `nets` gives it:
+        their translators, and what their hints weigh where that is learnt."""
+        names = list(teachers)
+        keys = (f"{kind} {name}" for name in names for kind in ("pooled", "maps"))
+        translators = {key: self._translators[key] for key in keys if key in self._translators}
+        weights = {
+            _weight_key(kind, name): found[name]
+            for kind, found in self._uncertainties.items()
+            for name in names
+        }
+        return {**translators, **weights}
+
+    def shares(self) -> Mapping[str, float]:
+        """What each teacher's hints weigh now, of all kinds of hints together; they sum to 1."""
+        if not self._uncertainties:
+            return self.weights
+        of_kind = {"pooled": self.config.hint_pooled, "maps": self.config.hint_maps}
+        whole = sum(of_kind[kind] for kind in self._uncertainties)
+        found = {kind: shares(self.weights, u) for kind, u in self._uncertainties.items()}
+        return {
+            name: sum(of_kind[kind] * each[name] for kind, each in found.items()) / whole
+            for name in self.weights
+        }
 
     def _soft_losses(
         self, student: Student, features: Features, index: Tensor, jitter: Jitter
@@ -225,12 +255,12 @@ class AmalgamationTask:
         return torch.stack(losses).sum()
 
     def _pooled_hints(self, pooled: Tensor, index: Tensor, weights: Mapping[str, float]) -> Tensor:
-        hints = []
-        for name, weight in weights.items():
+        hints = {}
+        for name in weights:
             target = self._pooled[name][index].to(pooled.device)
             translator = self._translators[f"pooled {name}"]
-            hints.append(weight * pooled_hint(translator, pooled, target))
-        return torch.stack(hints).sum()
+            hints[name] = pooled_hint(translator, pooled, target, self._each(name, index))
+        return self._weighed("pooled", hints, weights)
 
     def _map_hints(
         self, features: Tensor, index: Tensor, jitter: Jitter, weights: Mapping[str, float]
@@ -241,18 +271,29 @@ class AmalgamationTask:
             return features.new_zeros(())
         height, width = self.images.shape[1:3]
         moved = jitter.rows(rows)
-        hints = [
-            weight
-            * map_hint(
+        hints = {
+            name: map_hint(
                 self._translators[f"maps {name}"],
                 features[rows.to(features.device)],
                 moved.maps(self._maps[name][index[rows]].float(), height, width).to(
                     features.device
                 ),
+                self._each(name, index[rows]),
             )
-            for name, weight in weights.items()
-        ]
-        return torch.stack(hints).sum()
+            for name in weights
+        }
+        return self._weighed("maps", hints, weights)
+
+    def _each(self, teacher: str, index: Tensor) -> Tensor | None:
+        found = self._agreement.get(teacher)
+        return None if found is None else found[index]
+
+    def _weighed(
+        self, kind: str, hints: Mapping[str, Tensor], weights: Mapping[str, float]
+    ) -> Tensor:
+        if kind in self._uncertainties:
+            return weighed(hints, weights, self._uncertainties[kind])
+        return torch.stack([weights[name] * hint for name, hint in hints.items()]).sum()
 
 
 def joint_weights(
@@ -293,6 +334,10 @@ def _standard_pooled(answers: TeacherAnswers) -> Tensor:
     """Pooled features of the transfer, then the probe images, standardised over the former."""
     mean, deviation = standardise(answers.pooled_transfer)
     return (torch.cat([answers.pooled_transfer, answers.pooled_probe]) - mean) / deviation
+
+
+def _weight_key(kind: str, teacher: str) -> str:
+    return f"weight of {kind} {teacher}"
 
 
 def _value(part: Tensor | None) -> float | None:

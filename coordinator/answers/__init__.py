@@ -1,7 +1,7 @@
 """What teachers have answered, on disk: an image that was asked about is not asked about again."""
 
-from coordinator.answers.cache import AnswerCache
 from coordinator.answers.keys import Question, image_keys
+from coordinator.answers.remembered import RememberedAnswers
 from coordinator.answers.store import AnswerStore
 
-__all__ = ["AnswerCache", "AnswerStore", "Question", "image_keys"]
+__all__ = ["AnswerStore", "Question", "RememberedAnswers", "image_keys"]

@@ -92,6 +92,11 @@ class Strategy(Protocol):
         """Whether `Evidence.features` has to be there."""
         ...
 
+    @property
+    def under_saliency(self) -> bool:
+        """Whether these features are pooled under the teacher's own saliency map, not over the whole."""
+        ...
+
     def select(self, evidence: Evidence, k: int, rng: np.random.Generator) -> Selection:
         """Raises UsageError if it cannot select `k`."""
         ...

@@ -13,30 +13,37 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coordinator.selection.choice import Evidence, Selection, kept, require_at_most
-from coordinator.selection.marginal import Floats, kernel, log_evidence
+from coordinator.selection.logme import logme
+from coordinator.selection.marginal import kernel, log_evidence
 from coordinator.selection.saliency import attention, probabilities
 from edge_teacher.contract.errors import UsageError
 
+Value = Callable[[Sequence[str]], float]
+"""Names of a set of teachers, in the order they were chosen in -> how well their features tell the labels."""
+
 
 @dataclass(frozen=True)
-class GreedyEvidence:
-    """k teachers, each the one that raises the evidence most given those before it; equal weights."""
+class GreedySet:
+    """k teachers, each the one that adds most given those before it; equal weights.
 
-    name: str = "evidence"
+    `measure` makes, of the evidence and the targets, what is to be greatest, in nats.
+    """
+
+    name: str
+    measure: Callable[[Evidence, NDArray[np.float32]], Value]
     reads_features: bool = True
+    under_saliency: bool = False
 
     def select(self, evidence: Evidence, k: int, rng: np.random.Generator) -> Selection:
         names = evidence.teachers
         require_at_most(k, len(names))
         targets = evidence.targets
         if targets is None:
-            raise UsageError("selection by evidence needs the labels of the probe set")
-        kernels = {name: kernel(evidence.features[name]) for name in names}
-        order, steps = _greedy(
-            kernels, lambda total: log_evidence(total, targets), k, evidence.bonus
-        )
+            raise UsageError(f"selection by {self.name} needs the labels of the probe set")
+        order, steps = _greedy(names, self.measure(evidence, targets), k, evidence.bonus)
         alone = steps[0]
         looks = attention(evidence, names)
         p = dict(zip(names, probabilities(np.array([alone[n] for n in names])), strict=True))
@@ -57,20 +64,37 @@ class GreedyEvidence:
         )
 
 
+def by_evidence(evidence: Evidence, targets: NDArray[np.float32]) -> Value:
+    """This kit's own: one prior for all classes, on standardised roots (`marginal`)."""
+    kernels = {name: kernel(evidence.features[name]) for name in evidence.teachers}
+
+    def value(names: Sequence[str]) -> float:
+        total = np.zeros_like(kernels[names[0]])
+        for name in names:
+            total = total + kernels[name]
+        return log_evidence(total, targets)
+
+    return value
+
+
+def by_logme(evidence: Evidence, targets: NDArray[np.float32]) -> Value:
+    """LogME of the features side by side, as they come."""
+
+    def value(names: Sequence[str]) -> float:
+        return logme(np.concatenate([evidence.features[n] for n in names], axis=1), targets)
+
+    return value
+
+
 def _greedy(
-    kernels: dict[str, Floats],
-    score: Callable[[Floats], float],
-    k: int,
-    bonus: Callable[[str], float],
+    names: Sequence[str], value: Value, k: int, bonus: Callable[[str], float]
 ) -> tuple[list[str], list[dict[str, float]]]:
     """The names in the order they were chosen, and what every step made of every candidate."""
     order: list[str] = []
     steps: list[dict[str, float]] = []
-    total = np.zeros_like(next(iter(kernels.values())))
     while len(order) < k:
-        steps.append({n: score(total + kernels[n]) for n in sorted(kernels) if n not in order})
+        steps.append({n: value([*order, n]) for n in sorted(names) if n not in order})
         order.append(max(steps[-1], key=lambda name: steps[-1][name] + bonus(name)))
-        total = total + kernels[order[-1]]
     return order, steps
 
 

@@ -1,6 +1,7 @@
 """The strategies by name.
 
-`cosine` and `sampled` are the paper's, `evidence` this kit's own; `random` and `all` are what they must
+`cosine` and `sampled` are the paper's, `evidence` this kit's own, `logme` the published score on what
+a teacher sees where it looks; `random` and `all` are what they must
 beat, `oracle` is what no strategy can beat, and needs a labelled test set.
 """
 
@@ -22,7 +23,7 @@ from coordinator.selection.choice import (
     require_at_most,
     require_sound,
 )
-from coordinator.selection.evidence import GreedyEvidence
+from coordinator.selection.evidence import GreedySet, by_evidence, by_logme
 from coordinator.selection.saliency import attention, probabilities
 from edge_teacher.contract.errors import UsageError
 
@@ -67,6 +68,7 @@ class ByAttention:
     name: str
     choose: _Choose
     reads_features: bool = False
+    under_saliency: bool = False
 
     def select(self, evidence: Evidence, k: int, rng: np.random.Generator) -> Selection:
         looks = attention(evidence, evidence.teachers)
@@ -97,6 +99,7 @@ class Oracle:
 
     name: str = "oracle"
     reads_features: bool = True
+    under_saliency: bool = False
 
     def select(self, evidence: Evidence, k: int, rng: np.random.Generator) -> Selection:
         names = evidence.teachers
@@ -168,7 +171,8 @@ def _all(p: Floats, k: int, rng: np.random.Generator) -> tuple[Floats, list[str]
 
 
 STRATEGIES: Mapping[str, Strategy] = {
-    "evidence": GreedyEvidence(),
+    "evidence": GreedySet("evidence", by_evidence),
+    "logme": GreedySet("logme", by_logme, under_saliency=True),
     "cosine": ByAttention("cosine", _top_k),
     "sampled": ByAttention("sampled", _sampled),
     "random": ByAttention("random", _random),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from edge_teacher.contract.errors import UsageError
+from edge_teacher.contract.errors import CheckFailed, UsageError
 
 
 class _Reached(Exception):
@@ -57,14 +57,20 @@ def flattened(net: nn.Module, height: int, width: int) -> nn.Module:
     """The same net in use (not in training) as one flat graph, for what exports networks.
 
     What is cut off is then nowhere to be seen. torch.export follows the calls of modules itself, and
-    loses its way where one of them does not return.
+    loses its way where one of them does not return. Raises CheckFailed for a net that cannot be followed.
     """
     example = torch.zeros(2, 3, height, width)
     used = copy.deepcopy(net).to("cpu", torch.float32).eval()
     with torch.no_grad():
         # The weights are real tensors; only the images stand for any.
         trace = make_fx(used, tracing_mode="symbolic", _allow_non_fake_inputs=True)
-        return trace(example)
+        try:
+            return trace(example)
+        except Exception as error:
+            # torch.fx raises many kinds; all mean that this network has no one graph.
+            from export.torch_to_onnx import why_not  # brings onnx, which only this needs
+
+            raise CheckFailed(f"torch cannot follow the network: {why_not(error)}") from error
 
 
 def imported(path: str, layer: str, height: int, width: int) -> nn.Module:

@@ -111,6 +111,7 @@ PIXELS = np.zeros((3, 4, 4, 3), np.uint8)
         (lambda p: write_tar(p / "x.tar.xz", {"../a/x.png": png((0, 0, 0))}), "outside"),
         (lambda p: write_tar(p / "x.tar.xz", {"/a/x.png": png((0, 0, 0))}), "outside"),
         (lambda p: write_folder(p, {"x.npz": b"no npz"}) / "x.npz", "not a readable .npz"),
+        (lambda p: write_folder(p, {"x.npz": b"\x80\x04K\x01."}) / "x.npz", "no zip archive"),
         (lambda p: labels_npz(p, labels=np.zeros(3, int)), "no array called 'images'"),
         (lambda p: labels_npz(p, images=PIXELS), "no array called 'labels'"),
         (lambda p: labels_npz(p, images=PIXELS / 2, labels=np.zeros(3, int)), "uint8"),

@@ -20,9 +20,14 @@ import pytest
 import torch
 from torch import nn
 
+from coordinator.amalgamation.task import Losses
+from coordinator.checkpoints import Record, Run
 from coordinator.config import Config, DistributedConfig, load_config
 from coordinator.data import LabelledImages, TaskData, as_several, read_labelled
-from coordinator.ranks import Ranks, joined
+from coordinator.loop import Drawn, Lesson, Loop
+from coordinator.optimisation import OneCycle
+from coordinator.progress import Silent
+from coordinator.ranks import Apart, Ranks, joined, speaking
 from coordinator.report import read_report
 from coordinator.shared_teachers import shared
 from coordinator.student import accuracy, load_student, predict
@@ -32,6 +37,7 @@ from tests.brokers import Mosquitto, free_port
 from tests.coordinator.liars import SPOILT, Liar
 from tests.coordinator.local_teacher import coloured_images, random_teacher
 from tests.coordinator.small_fleet import SmallFleet, small_fleet
+from tests.coordinator.test_training import Interrupted, Watch
 from tests.examples import ROOT
 
 T = TypeVar("T")
@@ -174,6 +180,8 @@ class Found:
     statistics: list[float]
     difference: str
     failure: str
+    own_failure: str
+    options: tuple[list[float], object]
     lost: list[tuple[str, str]]
     selections: list[dict[str, float]]
     weights: list[float]
@@ -186,6 +194,8 @@ def try_everything(ranks: Ranks) -> Found:
         even_out(ranks),
         differ(ranks),
         first_fails(ranks),
+        fail_in_a_step(ranks),
+        train_with_every_option(ranks),
         *train_with_one_that_lies_to_one_process(ranks),
     )
 
@@ -269,6 +279,87 @@ def first_fails(ranks: Ranks) -> str:
 
 def test_what_fails_in_the_first_fails_in_all(found: list[Found]) -> None:
     assert [each.failure for each in found] == ["there is no run"] * 2
+
+
+class Failing(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("this network fails by itself")
+
+
+def fail_in_a_step(ranks: Ranks) -> str:
+    lesson = Lesson(
+        name="lesson",
+        nets={},
+        trained=[nn.Linear(2, 2)],
+        images=[4],
+        epochs=1,
+        cycle=OneCycle(0.1, 1),
+        draw=lambda batches, random: (Drawn.of(batches[0], 0, random),),
+        loss=lambda drawn: (Failing()(drawn.index), Losses(0.0)),
+    )
+    run = Run(Path("not written"), Record(config="", data="", teachers={}), {}, written=False)
+    loop = Loop(run, Silent(), batch=4, weight_decay=0.0, checkpoint_s=9.0, ranks=ranks)
+    try:
+        loop.learn(lesson, torch.Generator().manual_seed(0))
+    except RuntimeError as error:
+        return str(error)
+    return "went on"
+
+
+def test_a_network_that_fails_by_itself_is_no_process_that_is_gone(found: list[Found]) -> None:
+    assert [each.own_failure for each in found] == ["this network fails by itself"] * 2
+
+
+def test_a_peer_that_is_gone_is_told_from_an_error_of_ones_own() -> None:
+    lines = (
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer",
+        "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 30000ms",
+    )
+    for line in lines:
+        with pytest.raises(Apart, match="another process of this run has ended"), speaking():
+            raise RuntimeError(line)
+    with pytest.raises(Apart), speaking():
+        raise torch.distributed.DistNetworkError("the store is gone")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), speaking():
+        torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+def train_with_every_option(ranks: Ranks) -> tuple[list[float], object]:
+    """(the student's weights, what was kept): with a dropout, and all that is off by default.
+
+    Interrupted and gone on with, it ends the same to the bit.
+    """
+    data = TaskData(
+        LabelledImages(*coloured_images(24, 3, seed=0), ("a", "b", "c")),
+        coloured_images(40, 3, seed=1)[0],
+    )
+    fleet = {"a": random_teacher("a", 1), "b": random_teacher("b", 2)}
+    settings = {
+        **{"threads": "1", "batch": "16", "selection.k": "2", "aggregation.rounds": "1"},
+        **{"scratch.epochs": "0", "warmup.epochs": "1", "finetune.epochs": "3"},
+        **{"aggregation.weights": "learnt", "aggregation.agreement": "true"},
+        **{"finetune.average": "0.5", "finetune.held_out": "0.25"},
+        "student.module": "tests.coordinator.students.own_network:resnet",
+        "student.feature_layer": "layer4",
+    }
+    config = load_config(None, settings | {"checkpoint_s": "0"}, {})
+    asked = shared(fleet, ranks)
+    with TemporaryDirectory() as one, TemporaryDirectory() as other:
+        result = train(config, data, asked, Path(one), ranks=ranks)
+        with pytest.raises(Interrupted):
+            train(config, data, asked, Path(other), Watch("fine-tune", 2), ranks=ranks)
+        resumed = train(config, data, asked, Path(other), ranks=ranks)
+    whole, parts = (r.student.state_dict() for r in (result, resumed))
+    assert all(torch.equal(value, parts[key]) for key, value in whole.items())
+    weights = torch.cat([value.flatten().float() for value in whole.values()])
+    return weights.tolist(), result.adapted
+
+
+def test_every_option_is_the_same_in_all_processes(found: list[Found]) -> None:
+    (weights, kept), (others, theirs) = (each.options for each in found)
+    assert others == pytest.approx(weights, abs=1e-6)
+    assert kept == theirs
+    assert kept is not None
 
 
 def train_with_one_that_lies_to_one_process(

@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from coordinator.answers import AnswerCache
+from coordinator.answers import RememberedAnswers
 from coordinator.encodings import Encoding, EncodingLedger, choose
 from coordinator.teachers import RemoteTeacher
 from edge_teacher.rpc.traffic import Traffic
@@ -47,10 +47,10 @@ def test_on_a_slow_link_the_answers_are_smaller_nearly_the_same_and_on_record(
     features, saliency = teacher_answers(IMAGES)
     with world(tmp_path) as here:
         card, ledger = here.add("d1"), EncodingLedger()
-        fast = RemoteTeacher(here.caller, card, AnswerCache(tmp_path / "fast"), ledger)
+        fast = RemoteTeacher(here.caller, card, RememberedAnswers(tmp_path / "fast"), ledger)
         assert np.allclose(fast.features(IMAGES), features, atol=1e-3)
         here.caller.traffic.measured("d1", 1 << 20, 1.0)
-        slow = RemoteTeacher(here.caller, card, AnswerCache(tmp_path / "slow"), ledger)
+        slow = RemoteTeacher(here.caller, card, RememberedAnswers(tmp_path / "slow"), ledger)
         found = slow.features(IMAGES)
         assert np.abs(found - features).max() <= 0.6 * np.ptp(features) / 255 + 1e-3
         assert np.abs(slow.saliency(IMAGES) - saliency).max() <= 0.6 / 255 + 1e-3
@@ -65,7 +65,7 @@ def test_on_a_slow_link_the_answers_are_smaller_nearly_the_same_and_on_record(
         assert quantised.encode_ms > 0
         assert quantised.bytes_received < 0.6 * quantised.bytes_plain
         # However it travelled, it is the answer to the same question.
-        again = RemoteTeacher(here.caller, card, AnswerCache(tmp_path / "slow"), ledger)
+        again = RemoteTeacher(here.caller, card, RememberedAnswers(tmp_path / "slow"), ledger)
         assert np.array_equal(again.features(IMAGES), found)
         assert ledger.costs()["d1"]["u8+zstd"].answers == 2
 

@@ -18,7 +18,10 @@ from coordinator.questions import OUTSTANDING
 from tests.brokers import Mosquitto
 from tests.coordinator.small_fleet import DEVICES, Question, small_fleet
 
-KILLS = 20
+OPTIONS = [
+    *("--aggregation.weights", "learnt", "--aggregation.agreement", "true"),
+    *("--finetune.average", "0.5", "--finetune.held_out", "0.2"),
+]
 
 
 def session(arguments: list[str], log: Path) -> None:
@@ -47,14 +50,25 @@ def start(context: ForkServerContext, arguments: list[str], log: Path) -> ForkSe
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    ("options", "kills_in_all", "questions"),
+    # Where everybody looks on the probe images; what they see there, mirrored too; and so of the transfer
+    # images, which are two blocks.
+    [([], 20, 1 + 2 + 4), (OPTIONS, 10, 1 + 2 + 4 + 2)],
+    ids=["by default", "with everything"],
+)
 def test_a_run_killed_at_any_moment_ends_the_same_and_asks_nothing_twice(
-    tmp_path: Path, mosquitto: Mosquitto
+    tmp_path: Path,
+    mosquitto: Mosquitto,
+    options: list[str],
+    kills_in_all: int,
+    questions: int,
 ) -> None:
     log = tmp_path / "train.log"
     context = forks()
     moments = random.Random(1)
     with small_fleet(tmp_path, mosquitto.address) as fleet:
-        whole = fleet.train(tmp_path / "whole", "--name", "run")
+        whole = fleet.train(tmp_path / "whole", "--name", "run", *options)
         began = time.monotonic()
         process = start(context, whole, log)
         process.join()
@@ -62,19 +76,19 @@ def test_a_run_killed_at_any_moment_ends_the_same_and_asks_nothing_twice(
         assert process.exitcode == 0, log.read_text()
         expected = (tmp_path / "whole" / "run" / "student.pt").read_bytes()
         every = fleet.asked.take()
-        assert len(every) == len(DEVICES) * (1 + 2 + 4)
+        assert len(every) == len(DEVICES) * questions
         assert set(every.values()) == {1}
 
         kills, number = 0, 0
-        while kills < KILLS:  # a run that ends before that is followed by another
+        while kills < kills_in_all:  # a run that ends before that is followed by another
             number += 1
             runs = tmp_path / f"killed-{number}"
-            arguments = fleet.train(runs, "--name", "run", "--checkpoint_s", "0.05")
+            arguments = fleet.train(runs, "--name", "run", "--checkpoint_s", "0.05", *options)
             asked: Counter[Question] = Counter()
             lost = 0
             while True:
                 process = start(context, arguments, log)
-                if kills < KILLS:
+                if kills < kills_in_all:
                     process.join(moments.uniform(whole_s / 100, whole_s / 12))
                     if process.exitcode is None:
                         os.kill(process.pid or 0, signal.SIGKILL)

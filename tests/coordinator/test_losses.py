@@ -119,7 +119,7 @@ def test_nobody_left(tmp_path: Path) -> None:
 
 
 def test_more_than_there_are_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"devices.least is 3, and 2 teachers are there"):
+    with pytest.raises(UsageError, match=r"devices.least is 3, and there are 2 teachers"):
         train(changed("devices", least=3), DATA, honest("a", "b"), tmp_path)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from coordinator.adapted import Adapted
 from coordinator.encodings import EncodingCost
 from coordinator.report import (
     Accuracy,
@@ -26,6 +27,7 @@ from coordinator.report import (
     Report,
     Round,
     Task,
+    TaskResult,
     TeacherResult,
     Traffic,
     read_report,
@@ -369,6 +371,67 @@ def test_a_teacher_without_maps_leaves_its_cells_empty(tmp_path: Path) -> None:
 def test_numbers_under_the_maps_are_explained_only_where_they_stand(tmp_path: Path) -> None:
     write_report(a_report(), replace(some_pictures(), similarities={}), tmp_path)
     assert "The number is the likeness" not in (tmp_path / "report.html").read_text("utf-8")
+
+
+def several_tasks() -> Report:
+    teachers = a_report().teachers
+    birds = TaskResult(
+        name="birds",
+        kind="single-label",
+        classes=("wren", "rook"),
+        probe=30,
+        metric="accuracy",
+        metrics={"scratch": {"accuracy": 0.4}, "fedsa": {"accuracy": 0.6}},
+        accuracy=Accuracy(fedsa_int8=0.59, deployed={"teacher-0": 0.58, "teacher-1": 0.592}),
+        teachers=teachers,
+    )
+    fields = msgspec.structs.replace(
+        birds,
+        name="fields",
+        kind="dense",
+        metric="mean_iou",
+        metrics={"fedsa": {"mean_iou": 0.5, "pixel_accuracy": 0.71}},
+        accuracy=Accuracy(),
+        teachers=tuple(
+            msgspec.structs.replace(t, selected=not t.selected, weight=1 - t.weight, reason="odd")
+            for t in teachers
+        ),
+    )
+    return a_report(tasks=(birds, fields), metric="mean over 2 tasks of accuracy or mean IoU")
+
+
+def test_several_tasks_each_have_their_numbers_and_their_teachers(tmp_path: Path) -> None:
+    write_report(several_tasks(), some_pictures(), tmp_path)
+    page = text_of((tmp_path / "report.html").read_text())
+    assert "took a student of 2 tasks from 45.7 % to 55.3 % on average." in page
+    assert "accuracy (birds), mean IoU (fields)" in page
+    assert "58.0 % to 59.2 %" in page  # of birds, on the devices
+    assert page.index("For birds") < page.index("rank 1 of 2") < page.index("For fields")
+    assert page.index("For fields") < page.index("odd")
+    # Said where the table begins, and not as the name of a column.
+    assert "mean over 2 tasks of" not in page
+
+
+def test_what_was_learnt_of_weights_and_kept_of_the_fine_tuning(tmp_path: Path) -> None:
+    adapted = Adapted(held_out=10, epoch=1, epochs=2, scores=(0.5, 0.6, 0.4))
+    write_report(a_report(learnt={"teacher-0": 0.87}, adapted=adapted), None, tmp_path)
+    page = text_of((tmp_path / "report.html").read_text())
+    assert "0.87" in page
+    assert "The fine-tuning ended with the weights it had after epoch 1: 60.0% on 10" in page
+    assert read_report(tmp_path).adapted == adapted
+
+
+def test_the_number_under_a_name_is_the_likeness_that_the_text_speaks_of(tmp_path: Path) -> None:
+    pictures = replace(some_pictures(), likeness={"teacher-0": 0.815, "teacher-1": 0.643})
+    write_report(a_report(), pictures, tmp_path)
+    grid = (tmp_path / "report.html").read_text().split('id="saliency"')[1].split("</thead>")[0]
+    assert re.findall(r"<small>(.*?)</small>", grid) == ["0.81", "0.64"]
+    assert "its mean over all probe images" in grid
+
+
+def text_of(page: str) -> str:
+    body = re.sub(r"<(style|svg).*?</\1>", " ", page, flags=re.DOTALL)
+    return " ".join(re.sub(r"<[^>]+>", " ", body).replace("\u202f", " ").split())
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -252,8 +253,11 @@ def test_tasks_that_do_not_fit_together_are_said() -> None:
         SeveralTasks.of({"a": one, "b": task_data("dense", size=24)})
     with pytest.raises(UsageError, match="probe set of b has images of 24x24"):
         SeveralTasks({"b": LabelledTask(MAKE["dense"](4, 0, 24))}, one.transfer)
-    with pytest.raises(UsageError, match=r"weight of the task a is 0\.0; it must be above 0"):
-        SeveralTasks.of({"a": one}, {"a": 0.0})
+    for weight in (0.0, math.inf, math.nan):
+        with pytest.raises(
+            UsageError, match=r"weight of the task a is .*; it must be a finite number"
+        ):
+            SeveralTasks.of({"a": one}, {"a": weight})
     with pytest.raises(UsageError, match="no usable id"):
         SeveralTasks.of({"a/b": one})
     bad: NDArray[np.int64] = one.probe.labels + 5

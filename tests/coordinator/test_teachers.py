@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from coordinator.answers import AnswerCache
+from coordinator.answers import RememberedAnswers
 from coordinator.teachers import RemoteTeacher
 from edge_teacher.agent.pooling import attention_pool
 from edge_teacher.contract.errors import UsageError
@@ -25,7 +25,7 @@ FEATURES, SALIENCY = teacher_answers(IMAGES)
 
 def test_what_it_answers_is_what_the_teacher_computes(tmp_path: Path) -> None:
     with world(tmp_path, limits=Limits(max_images_per_block=4)) as here:
-        teacher = RemoteTeacher(here.caller, here.add("d1"), AnswerCache(tmp_path / "cache"))
+        teacher = RemoteTeacher(here.caller, here.add("d1"), RememberedAnswers(tmp_path / "cache"))
         assert teacher.name == "d1"
         for found, expected in (
             (teacher.saliency(IMAGES), SALIENCY),
@@ -38,7 +38,7 @@ def test_what_it_answers_is_what_the_teacher_computes(tmp_path: Path) -> None:
 
 def test_the_device_makes_the_mirror_images_itself(tmp_path: Path) -> None:
     with world(tmp_path) as here:
-        teacher = RemoteTeacher(here.caller, here.add("d1"), AnswerCache(tmp_path / "cache"))
+        teacher = RemoteTeacher(here.caller, here.add("d1"), RememberedAnswers(tmp_path / "cache"))
         expected, _ = teacher_answers(np.ascontiguousarray(IMAGES[:, :, ::-1]))
         mirrored = teacher.pooled(IMAGES, mirrored=True)
         assert np.allclose(mirrored, expected.mean((2, 3)), atol=1e-3)
@@ -62,7 +62,7 @@ def test_features_are_pooled_under_the_attention_that_goes_along(tmp_path: Path)
     expected = (FEATURES * shares[:, None]).sum((2, 3))
     expected[2] = FEATURES[2].mean((1, 2))
     with world(tmp_path, limits=Limits(max_images_per_block=4)) as here:
-        teacher = RemoteTeacher(here.caller, here.add("d1"), AnswerCache(tmp_path / "cache"))
+        teacher = RemoteTeacher(here.caller, here.add("d1"), RememberedAnswers(tmp_path / "cache"))
         for scale in (1.0, 1e-9, 1e30):  # only the shape of a map counts
             found = teacher.attended(IMAGES, maps * np.float32(scale))
             assert np.allclose(found, expected, atol=2e-3)
@@ -76,7 +76,7 @@ def test_features_are_pooled_under_the_attention_that_goes_along(tmp_path: Path)
 def test_attention_larger_than_a_message_is_sent_in_parts(tmp_path: Path) -> None:
     maps = attention_maps(400)
     with world(tmp_path) as here:
-        teacher = RemoteTeacher(here.caller, here.add("d1"), AnswerCache(tmp_path / "cache"))
+        teacher = RemoteTeacher(here.caller, here.add("d1"), RememberedAnswers(tmp_path / "cache"))
         found = teacher.attended(IMAGES, maps)
         assert np.allclose(found, attention_pool(FEATURES, maps), atol=2e-3)
         assert here.asked().count("features") == 4
@@ -88,7 +88,7 @@ def test_attention_comes_along_again_when_the_device_has_forgotten_the_images(
     limits = Limits(max_images_per_block=5, image_store_bytes=IMAGES.nbytes // 2)
     maps = attention_maps()
     with world(tmp_path, limits=limits) as here:
-        teacher = RemoteTeacher(here.caller, here.add("d1"), AnswerCache(tmp_path / "cache"))
+        teacher = RemoteTeacher(here.caller, here.add("d1"), RememberedAnswers(tmp_path / "cache"))
         teacher.saliency(IMAGES)
         found = teacher.attended(IMAGES, maps)
         assert np.allclose(found, attention_pool(FEATURES, maps), atol=2e-3)
@@ -105,7 +105,7 @@ def test_attention_comes_along_again_when_the_device_has_forgotten_the_images(
 )
 def test_what_is_no_attention(tmp_path: Path, wrong: np.ndarray, words: str) -> None:
     with world(tmp_path) as here:
-        teacher = RemoteTeacher(here.caller, here.add("d1"), AnswerCache(tmp_path / "cache"))
+        teacher = RemoteTeacher(here.caller, here.add("d1"), RememberedAnswers(tmp_path / "cache"))
         with pytest.raises(UsageError, match=words):
             teacher.attended(IMAGES, wrong)
         assert here.asked() == []
@@ -113,7 +113,7 @@ def test_what_is_no_attention(tmp_path: Path, wrong: np.ndarray, words: str) -> 
 
 def test_a_tap_is_asked_for_by_its_name(tmp_path: Path) -> None:
     with world(tmp_path) as here:
-        teacher = RemoteTeacher(here.caller, here.add("d1"), AnswerCache(tmp_path / "cache"))
+        teacher = RemoteTeacher(here.caller, here.add("d1"), RememberedAnswers(tmp_path / "cache"))
         assert np.array_equal(teacher.pooled(IMAGES, tap="last"), teacher.pooled(IMAGES))
         assert here.asked().count("features") == 1
         with pytest.raises(UsageError, match="d1 has no tap 'first': take one of last"):
@@ -123,12 +123,12 @@ def test_a_tap_is_asked_for_by_its_name(tmp_path: Path) -> None:
 def test_nothing_is_asked_twice_and_the_answers_do_not_change(tmp_path: Path) -> None:
     with world(tmp_path, limits=Limits(max_images_per_block=4)) as here:
         card = here.add("d1")
-        first = RemoteTeacher(here.caller, card, AnswerCache(tmp_path / "cache"))
+        first = RemoteTeacher(here.caller, card, RememberedAnswers(tmp_path / "cache"))
         answers = first.saliency(IMAGES)
         asked = len(here.asked())
         assert np.array_equal(first.saliency(IMAGES), answers)
         # A resumed run, another process: the same files.
-        again = RemoteTeacher(here.caller, card, AnswerCache(tmp_path / "cache"))
+        again = RemoteTeacher(here.caller, card, RememberedAnswers(tmp_path / "cache"))
         assert np.array_equal(again.saliency(IMAGES), answers)
         assert len(here.asked()) == asked
         # Other images among known ones: only those are asked about.
@@ -137,7 +137,7 @@ def test_nothing_is_asked_twice_and_the_answers_do_not_change(tmp_path: Path) ->
         assert here.asked()[asked:].count("saliency") == 1
 
 
-class Interrupted(AnswerCache):
+class Interrupted(RememberedAnswers):
     """Ctrl-C comes right after the first answer was kept."""
 
     def remember(self, *arguments: object) -> None:
@@ -151,14 +151,14 @@ def test_what_came_before_an_interruption_is_kept(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             RemoteTeacher(here.caller, card, Interrupted(folder)).saliency(IMAGES)
         before = here.asked().count("saliency")
-        again = RemoteTeacher(here.caller, card, AnswerCache(folder))
+        again = RemoteTeacher(here.caller, card, RememberedAnswers(folder))
         assert np.allclose(again.saliency(IMAGES), SALIENCY, atol=1e-3)
         assert here.asked().count("saliency") == before + 2
 
 
 def test_another_bundle_or_another_question_is_another_answer(tmp_path: Path) -> None:
     with world(tmp_path) as here:
-        card, cache = here.add("d1"), AnswerCache(tmp_path / "cache")
+        card, cache = here.add("d1"), RememberedAnswers(tmp_path / "cache")
         RemoteTeacher(here.caller, card, cache).saliency(IMAGES)
         asked = here.asked().count("saliency")
         newer = msgspec.structs.replace(card, bundle="ff" * 32)
@@ -171,9 +171,9 @@ def test_another_bundle_or_another_question_is_another_answer(tmp_path: Path) ->
 def test_an_image_is_known_whatever_it_is_asked_about_with(tmp_path: Path) -> None:
     with world(tmp_path, limits=Limits(max_images_per_block=4)) as here:
         card = here.add("d1")
-        RemoteTeacher(here.caller, card, AnswerCache(tmp_path / "cache")).saliency(IMAGES)
+        RemoteTeacher(here.caller, card, RememberedAnswers(tmp_path / "cache")).saliency(IMAGES)
         asked = here.asked().count("saliency")
-        again = RemoteTeacher(here.caller, card, AnswerCache(tmp_path / "cache"))
+        again = RemoteTeacher(here.caller, card, RememberedAnswers(tmp_path / "cache"))
         mixed = np.concatenate([IMAGES[7:2:-1], pictures(3, seed=5), IMAGES[:2]])
         assert np.allclose(again.saliency(mixed), teacher_answers(mixed)[1], atol=1e-3)
         assert here.asked().count("saliency") == asked + 1
@@ -183,7 +183,7 @@ def test_a_damaged_answer_is_asked_for_again_and_that_is_said_once(tmp_path: Pat
     said: list[str] = []
     with world(tmp_path, limits=Limits(max_images_per_block=1)) as here:
         card = here.add("d1")
-        with AnswerCache(tmp_path / "cache") as cache:
+        with RememberedAnswers(tmp_path / "cache") as cache:
             RemoteTeacher(here.caller, card, cache).saliency(IMAGES)
             RemoteTeacher(here.caller, card, cache).pooled(IMAGES)
         for path in (tmp_path / "cache").glob("*/*/records.f16"):
@@ -192,7 +192,7 @@ def test_a_damaged_answer_is_asked_for_again_and_that_is_said_once(tmp_path: Pat
             wrong[-1] ^= 1
             path.write_bytes(wrong)
         asked = len(here.asked())
-        again = RemoteTeacher(here.caller, card, AnswerCache(tmp_path / "cache", said.append))
+        again = RemoteTeacher(here.caller, card, RememberedAnswers(tmp_path / "cache", said.append))
         assert np.allclose(again.saliency(IMAGES), SALIENCY, atol=1e-3)
         assert np.allclose(again.pooled(IMAGES), FEATURES.mean((2, 3)), atol=1e-3)
         new = here.asked()[asked:]
@@ -209,7 +209,7 @@ def test_on_a_full_disk_answers_still_come_and_that_is_said_once(
 
     said: list[str] = []
     with world(tmp_path, limits=Limits(max_images_per_block=4)) as here:
-        cache = AnswerCache(tmp_path / "cache", said.append)
+        cache = RememberedAnswers(tmp_path / "cache", said.append)
         teacher = RemoteTeacher(here.caller, here.add("d1"), cache)
         monkeypatch.setattr(os, "pwrite", full)
         for _ in range(2):
@@ -224,7 +224,7 @@ def test_a_folder_that_cannot_be_written_is_said_too(tmp_path: Path) -> None:
     said: list[str] = []
     (tmp_path / "cache").write_text("a file, where the folder should be")
     with world(tmp_path) as here:
-        cache = AnswerCache(tmp_path / "cache", said.append)
+        cache = RememberedAnswers(tmp_path / "cache", said.append)
         teacher = RemoteTeacher(here.caller, here.add("d1"), cache)
         assert np.allclose(teacher.saliency(IMAGES), SALIENCY, atol=1e-3)
     assert len(said) == 1
@@ -234,7 +234,7 @@ def test_what_a_device_says_of_its_bundle_leads_nowhere_else(tmp_path: Path) -> 
     with world(tmp_path / "world") as here:
         (tmp_path / "world").mkdir()
         card = msgspec.structs.replace(here.add("d1"), bundle="../../outside")
-        cache = AnswerCache(tmp_path / "a" / "cache")
+        cache = RememberedAnswers(tmp_path / "a" / "cache")
         RemoteTeacher(here.caller, card, cache).saliency(IMAGES)
         again = RemoteTeacher(here.caller, card, cache).saliency(IMAGES)
         assert np.allclose(again, SALIENCY, atol=1e-3)
@@ -250,7 +250,7 @@ class TestCoarse:
         with world(tmp_path) as here:
             card = here.add("d1")
             here.caller.traffic.measured("d1", 1 << 20, 1.0)
-            cache = AnswerCache(tmp_path / "cache")
+            cache = RememberedAnswers(tmp_path / "cache")
             coarse = RemoteTeacher(here.caller, card, cache).features(IMAGES)
             for _ in range(30):
                 here.caller.traffic.measured("d1", 1 << 20, 1e-3)
@@ -262,7 +262,7 @@ class TestCoarse:
     def test_coarse_ones_are_served_from_exact_ones(self, tmp_path: Path) -> None:
         with world(tmp_path) as here:
             card = here.add("d1")
-            cache = AnswerCache(tmp_path / "cache")
+            cache = RememberedAnswers(tmp_path / "cache")
             exact = RemoteTeacher(here.caller, card, cache).features(IMAGES)
             here.caller.traffic.measured("d1", 1 << 20, 1.0)
             found = RemoteTeacher(here.caller, card, cache).features(IMAGES)
@@ -274,11 +274,11 @@ class TestCoarse:
             here.add("d1")
             here.caller.traffic.measured("d1", 1 << 20, 1.0)
             card = here.agents["d1"].card()
-            first = RemoteTeacher(here.caller, card, AnswerCache(tmp_path / "cache"))
+            first = RemoteTeacher(here.caller, card, RememberedAnswers(tmp_path / "cache"))
             answers = first.features(IMAGES)
             again = Caller(here.transport, "bob")  # which knows nothing of the link yet
             try:
-                second = RemoteTeacher(again, card, AnswerCache(tmp_path / "cache"))
+                second = RemoteTeacher(again, card, RememberedAnswers(tmp_path / "cache"))
                 assert np.array_equal(second.features(IMAGES), answers)
                 assert again.wire == {}
             finally:

@@ -277,10 +277,14 @@ def test_a_run_that_is_gone_on_with_says_which_heads_it_has(
     )
 
 
-def test_a_broken_checkpoint_is_said(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
-    with pytest.raises(UsageError, match="is not a checkpoint"):
-        train(CONFIG, DATA, teachers(), tmp_path)
+def test_a_broken_checkpoint_is_said(
+    whole: tuple[TrainingResult, Watch, Path], tmp_path: Path
+) -> None:
+    written = (whole[2] / "checkpoint.pt").read_bytes()
+    for content in (b"half a file", written[: len(written) // 2], b""):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(UsageError, match="is not a checkpoint of this version: it is cut off"):
+            train(CONFIG, DATA, teachers(), tmp_path)
 
 
 def test_what_a_teacher_is_is_known_of_one_that_is_gone(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -78,3 +79,25 @@ def test_the_data_is_on_the_disk_before_the_name_is(
     monkeypatch.setattr(Path, "replace", noted_replace)
     write_atomically(tmp_path / "file", b"x")
     assert order == ["fsync file", "rename", "fsync folder"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "fchmod"])
+def test_a_full_disk_is_said_with_the_name_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, step, full)
+    with pytest.raises(OSError, match="No space left on device") as met:
+        write_atomically(tmp_path / "file", b"new")
+    assert met.value.errno == errno.ENOSPC
+    assert met.value.filename == str(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_none_is_said_with_the_name_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    with pytest.raises(FileExistsError) as met:
+        write_atomically(tmp_path / "taken" / "file", b"new")
+    assert met.value.filename == str(tmp_path / "taken" / "file")

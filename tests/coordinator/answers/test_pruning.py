@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from coordinator.answers import AnswerCache, AnswerStore, Question, image_keys
+from coordinator.answers import AnswerStore, Question, RememberedAnswers, image_keys
 from coordinator.answers.pruning import Pruned, StoreSummary, Survey, prune, survey
 from coordinator.cli import main
 from edge_teacher.contract.errors import UsageError
@@ -29,7 +29,7 @@ def question(teacher: str, method: str) -> Question:
 def cache(tmp_path: Path) -> Path:
     """Of d1 and d2 two stores each, used 1, 2, 3 and 4 days ago; d1's saliency last."""
     folder = tmp_path / "answers"
-    with AnswerCache(folder) as cache:
+    with RememberedAnswers(folder) as cache:
         for teacher in ("d1", "d2"):
             for method, images in (("saliency", 4), ("features", 8)):
                 keys = image_keys(pictures(images))

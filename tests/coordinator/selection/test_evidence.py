@@ -6,6 +6,7 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from coordinator.selection import Evidence, select
+from coordinator.selection.logme import logme
 from coordinator.selection.marginal import kernel, log_evidence
 from edge_teacher.contract.errors import CheckFailed, UsageError
 
@@ -72,14 +73,42 @@ def test_scale_shift_and_sign_of_features_do_not_count() -> None:
     )
 
 
-def test_the_second_teacher_is_the_one_that_adds_what_the_first_lacks() -> None:
+def test_logme_is_the_greatest_density_of_the_labels_under_its_model() -> None:
+    """max over a and b of log N(t; 0, I / b + Phi Phi^T / a), by an independent implementation."""
+    y = labels(24, 2)
+    x = telling(y, {0, 1}, 1)
+    centred = (x - x.mean(0)).astype(float)
+    total = 0.0
+    for t in targets(y).T.astype(float):
+        total += max(
+            float(
+                MultivariateNormal(
+                    torch.zeros(24, dtype=torch.float64),
+                    torch.from_numpy(np.eye(24) / b + centred @ centred.T / a),
+                ).log_prob(torch.from_numpy(t))
+            )
+            for a in np.logspace(-1, 3, 81)
+            for b in np.logspace(-1, 3, 81)
+        )
+    assert logme(x, targets(y)) == pytest.approx(total / 24 / 2, abs=2e-3)
+
+
+def test_logme_of_features_that_say_nothing() -> None:
+    y = labels(30, 3)
+    nothing = logme(np.ones((30, 5), np.float32), targets(y))
+    assert np.isfinite(nothing)
+    assert logme(telling(y, {0, 1, 2}, 1), targets(y)) > nothing + 0.1
+
+
+@pytest.mark.parametrize("strategy", ["evidence", "logme"])
+def test_the_second_teacher_is_the_one_that_adds_what_the_first_lacks(strategy: str) -> None:
     y = labels(120, 4)
     best = telling(y, {0, 1, 2}, 1)
     copy = best + RNG(9).normal(0, 0.01, best.shape).astype(np.float32)
     other = telling(y, {3}, 5)
     useless = RNG(7).normal(size=(120, 30)).astype(np.float32)
     shown = evidence(y, {"best": best, "copy": copy, "other": other, "useless": useless})
-    found = select("evidence", shown, 2, RNG(0))
+    found = select(strategy, shown, 2, RNG(0))
     assert "other" in found.weights
     assert "useless" not in found.weights
     assert set(found.weights.values()) == {0.5}

@@ -151,7 +151,7 @@ def test_what_cannot_be_selected_is_said() -> None:
         select("cosine", one, 2, RNG(0))
     with pytest.raises(UsageError, match="no teacher"):
         select("cosine", evidence(), 1, RNG(0))
-    with pytest.raises(UsageError, match="'best'; it is one of evidence, cosine, sampled"):
+    with pytest.raises(UsageError, match="'best'; it is one of evidence, logme, cosine, sampled"):
         select("best", one, 1, RNG(0))
     with pytest.raises(CheckFailed, match=r"t0 .* \[4, 4, 4\] for 5"):
         select("all", evidence(random_maps(1)[:4]), 1, RNG(0))

@@ -85,3 +85,31 @@ class Late(nn.Module):
 
 def late() -> nn.Module:
     return Late()
+
+
+class Branching(nn.Module):
+    """Can be trained, and has no one graph to export."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
+        self.behind = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.conv(x)
+        return self.behind(found * 2 if float(found.mean()) > 0 else found)
+
+
+def branching() -> nn.Module:
+    return Branching()
+
+
+class Special(Branching):
+    """Of an operator that ONNX has not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.behind(torch.special.bessel_j0(self.conv(x)))
+
+
+def special() -> nn.Module:
+    return Special()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,6 +15,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from coordinator.config import load_config
 from coordinator.packaging import package_student
+from coordinator.pipeline import TaskRun, Timings, require_exportable_student, run_task
+from coordinator.progress import Silent
+from coordinator.ranks import ALONE
 from coordinator.student import Student, StudentSpec, grad_cam, load_student, predict, save_student
 from coordinator.training import train
 from edge_teacher import bundle as bundles
@@ -171,3 +175,52 @@ def test_a_network_that_fails_in_the_midst_of_training_is_named(tmp_path: Path) 
     )
     with pytest.raises(CheckFailed, match=r"own_network:late fails in .*: RuntimeError: not today"):
         train(late, DATA, teachers(), tmp_path)
+
+
+@pytest.mark.parametrize("layer", ["", "behind"])
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        ("branching", "a branch or a shape in its forward depends on the values"),
+        ("special", "ONNX has no form of its operator prims.bessel_j0"),
+    ],
+)
+def test_a_network_that_cannot_be_exported_is_refused_before_it_is_trained(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], network: str, layer: str, words: str
+) -> None:
+    config = msgspec.structs.replace(
+        CONFIG,
+        student=msgspec.structs.replace(
+            CONFIG.student, module=f"{HERE}:{network}", feature_layer=layer
+        ),
+    )
+    run = TaskRun(
+        command="fedsa train",
+        task="t",
+        config=config,
+        data=DATA,
+        folder=tmp_path / "run",
+        cache=tmp_path / "answers",
+        key=Ed25519PrivateKey.generate(),
+        deploy=False,
+    )
+    nobody: Any = None  # nobody is asked anything
+    with pytest.raises(CheckFailed, match=words) as caught:
+        run_task(run, nobody, [], Silent(), Timings())
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_one_that_can_is_checked_once(tmp_path: Path) -> None:
+    own = msgspec.structs.replace(CONFIG.student, module=f"{HERE}:resnet", feature_layer="layer4")
+    config = msgspec.structs.replace(CONFIG, student=own)
+    require_exportable_student(config, DATA, tmp_path, ALONE)
+    # One that is gone on with is not checked again, whatever became of its module.
+    gone = msgspec.structs.replace(
+        CONFIG, student=msgspec.structs.replace(own, module="no.such:net")
+    )
+    with pytest.raises(UsageError, match=r"no\.such"):
+        require_exportable_student(gone, DATA, tmp_path, ALONE)
+    (tmp_path / "checkpoint.pt").touch()
+    require_exportable_student(gone, DATA, tmp_path, ALONE)

@@ -27,7 +27,7 @@ class Known:
     answers: NDArray[np.float16]
 
 
-class AnswerCache:
+class RememberedAnswers:
     """Thread-safe, and safe with other processes on the same folder.
 
     What the disk refuses is no reason to end a run: it goes on without remembering, and says so once.
@@ -42,7 +42,7 @@ class AnswerCache:
         self._refused = False
         self._damage_said = False
 
-    def __enter__(self) -> AnswerCache:
+    def __enter__(self) -> RememberedAnswers:
         return self
 
     def __exit__(
