@@ -13,7 +13,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_teacher.agent import answers
 from edge_teacher.agent.service import Agent, AgentConfig
 from edge_teacher.contract import frame, topics
 from edge_teacher.contract.errors import (
@@ -166,7 +165,7 @@ class TestAnswers:
         running = begin(replace(config, limits=limits))
         try:
             running.put(IMAGES)
-            monkeypatch.setattr(answers, "run_in_batches", None)  # calling it would be a 500
+            monkeypatch.setattr(running.agent._session, "run", None)  # calling it would be a 500
             with pytest.raises(TooLarge, match="the limit is 64"):
                 running.call("features", FeaturesQuery(block=BLOCK), Answered)
         finally:

@@ -1,0 +1,156 @@
+"""How many images one inference should have: measured, and never more than time and memory allow.
+
+What is best differs from machine to machine. On a CPU whose cache holds the activations of eight images,
+sixteen may be slower by a third; on a GPU sixteen may cost what one does. So it is not guessed: while the
+device is idle after its start, and while it works, sizes are tried and the fastest is kept.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+_SAMPLES = 5
+"""Of one size before it is trusted, without the first: that one also pays for memory and for plans."""
+_KEPT = 9
+_CLEARLY = 1.03
+"""By so much must a larger batch be faster to be preferred: it makes others wait, and takes memory."""
+_WORSE = 0.9
+_AGAIN_EVERY = 200
+"""Steps after which a neighbour of the best is measured again: a machine warms up, and others use it."""
+_MOST_KINDS = 16
+
+
+@dataclass
+class _Kind:
+    """What is known of one graph, one size of images and one choice of outputs."""
+
+    seconds: dict[int, deque[float]] = field(default_factory=dict)
+    """Rows to what the last steps took."""
+    begun: set[int] = field(default_factory=set)
+    cap: int = SIZES[-1]
+    """The runtime failed beyond it."""
+    steps: int = 0
+    again: int = 0
+    """Which neighbour is next to be measured again."""
+
+    def known(self, rows: int) -> float | None:
+        """Seconds of a step with so many rows; None before it is trusted."""
+        samples = self.seconds.get(rows, ())
+        return statistics.median(samples) if len(samples) >= _SAMPLES else None
+
+    def rates(self) -> dict[int, float]:
+        found = {rows: self.known(rows) for rows in SIZES}
+        return {rows: rows / taken for rows, taken in found.items() if taken}
+
+
+class BatchSizes:
+    """Not thread-safe: whoever has the turn to compute asks and tells it."""
+
+    def __init__(self, *, latency_s: float, fits: Callable[[Hashable, int], bool]) -> None:
+        """`latency_s`: what one step may take, because a query that comes during it waits for its end.
+
+        `fits`: whether memory allows a step of the kind with so many rows.
+        """
+        self._latency_s = latency_s
+        self._fits = fits
+        self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
+
+    def choose(self, kind: Hashable, waiting: int) -> int:
+        """Rows of the next step when so many wait: at least 1, at most `waiting`."""
+        known = self._kind(kind)
+        known.steps += 1
+        untried = self.untried(kind, waiting)
+        if untried is not None:
+            return untried
+        best = self._best(known)
+        if known.steps % _AGAIN_EVERY == 0:
+            near = [s for s in self._allowed(kind, known) if s in (best // 2, best * 2)]
+            near = [size for size in near if size <= waiting and known.known(size)]
+            if near:
+                known.again += 1
+                return near[known.again % len(near)]
+        while best > 1 and not self._fits(kind, best):
+            best //= 2
+        return min(best, waiting)
+
+    def untried(self, kind: Hashable, most: int) -> int | None:
+        """The smallest size up to `most` that is worth measuring and is not known yet."""
+        known = self._kind(kind)
+        rates = known.rates()
+        top = max(rates.values(), default=0.0)
+        worse = 0
+        for size in self._allowed(kind, known):
+            if size > most:
+                return None
+            if size not in rates:
+                return size
+            # Two sizes in a row that are clearly slower: what is larger still only takes memory.
+            worse = worse + 1 if rates[size] < _WORSE * top else 0
+            if worse == 2 and size > self._best(known):
+                return None
+        return None
+
+    def took(self, kind: Hashable, rows: int, seconds: float) -> None:
+        """A step with so many rows has taken so long, undisturbed."""
+        if rows not in SIZES:
+            return
+        known = self._kind(kind)
+        if rows not in known.begun:
+            known.begun.add(rows)
+            return
+        known.seconds.setdefault(rows, deque(maxlen=_KEPT)).append(seconds)
+
+    def too_large(self, kind: Hashable, rows: int) -> None:
+        """The runtime failed on so many rows, and not on fewer."""
+        known = self._kind(kind)
+        known.cap = max(1, min(known.cap, max(s for s in SIZES if s == 1 or s < rows)))
+
+    def best(self, kind: Hashable) -> int:
+        """As far as it is known."""
+        return self._best(self._kind(kind))
+
+    def rates(self, kind: Hashable) -> dict[int, float]:
+        """Images per second by rows of a step, as far as they are known."""
+        return self._kind(kind).rates()
+
+    def seconds(self, kind: Hashable, rows: int) -> float | None:
+        """What `rows` images will take, by what the best step takes."""
+        known = self._kind(kind)
+        best = self._best(known)
+        taken = known.known(best)
+        return None if taken is None else taken / best * rows
+
+    def _best(self, known: _Kind) -> int:
+        best, rate = 1, 0.0
+        for size, found in known.rates().items():
+            in_time = size == 1 or size / found <= self._latency_s
+            if size <= known.cap and in_time and found > rate * _CLEARLY:
+                best, rate = size, found
+        return best
+
+    def _allowed(self, kind: Hashable, known: _Kind) -> list[int]:
+        """Sizes that are expected to keep within time and memory, by the largest smaller one measured."""
+        found: list[int] = []
+        each = 0.0
+        for size in SIZES:
+            taken = known.known(size)
+            each = taken / size if taken is not None else each
+            within = size == 1 or size * each <= self._latency_s
+            if size > known.cap or not within or not (size == 1 or self._fits(kind, size)):
+                break
+            found.append(size)
+        return found
+
+    def _kind(self, kind: Hashable) -> _Kind:
+        found = self._kinds.get(kind)
+        if found is None:
+            found = self._kinds[kind] = _Kind()
+            if len(self._kinds) > _MOST_KINDS:
+                self._kinds.popitem(last=False)
+        self._kinds.move_to_end(kind)
+        return found
