@@ -7,7 +7,6 @@ device is idle after its start, and while it works, sizes are tried and the fast
 
 from __future__ import annotations
 
-import statistics
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -17,8 +16,10 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _SAMPLES = 5
 """Of one size before it is trusted, without the first: that one also pays for memory and for plans."""
 _KEPT = 9
-_CLEARLY = 1.03
-"""By so much must a larger batch be faster to be preferred: it makes others wait, and takes memory."""
+_AS_GOOD = 1.03
+"""Rates that differ by less are the same, as far as can be measured."""
+_SHORT = 0.2
+"""Of the latency: steps of that length cost little between them, and make nobody wait."""
 _WORSE = 0.9
 _AGAIN_EVERY = 200
 """Steps after which a neighbour of the best is measured again: a machine warms up, and others use it."""
@@ -37,11 +38,16 @@ class _Kind:
     steps: int = 0
     again: int = 0
     """Which neighbour is next to be measured again."""
+    settled: tuple[int, int | None] | None = None
+    """(the best, what is still to be tried), for as long as nothing new is known."""
 
     def known(self, rows: int) -> float | None:
-        """Seconds of a step with so many rows; None before it is trusted."""
+        """Seconds of a step with so many rows; None before it is trusted.
+
+        The fastest of the last ones: what else the machine does only ever adds time.
+        """
         samples = self.seconds.get(rows, ())
-        return statistics.median(samples) if len(samples) >= _SAMPLES else None
+        return min(samples) if len(samples) >= _SAMPLES else None
 
     def rates(self) -> dict[int, float]:
         found = {rows: self.known(rows) for rows in SIZES}
@@ -64,34 +70,43 @@ class BatchSizes:
         """Rows of the next step when so many wait: at least 1, at most `waiting`."""
         known = self._kind(kind)
         known.steps += 1
-        untried = self.untried(kind, waiting)
-        if untried is not None:
+        again = known.steps % _AGAIN_EVERY == 0
+        if again:
+            known.settled = None  # memory may have become short, or free
+        best, untried = self._settled(kind, known)
+        if untried is not None and untried <= waiting:
             return untried
-        best = self._best(known)
-        if known.steps % _AGAIN_EVERY == 0:
-            near = [s for s in self._allowed(kind, known) if s in (best // 2, best * 2)]
-            near = [size for size in near if size <= waiting and known.known(size)]
+        if again:
+            near = [s for s in (best // 2, best * 2) if s <= waiting and s in known.rates()]
+            near = [size for size in near if size in self._allowed(kind, known)]
             if near:
                 known.again += 1
                 return near[known.again % len(near)]
-        while best > 1 and not self._fits(kind, best):
-            best //= 2
         return min(best, waiting)
 
-    def untried(self, kind: Hashable, most: int) -> int | None:
-        """The smallest size up to `most` that is worth measuring and is not known yet."""
-        known = self._kind(kind)
+    def untried(self, kind: Hashable) -> int | None:
+        """The smallest size that is worth measuring and is not known yet."""
+        return self._settled(kind, self._kind(kind))[1]
+
+    def _settled(self, kind: Hashable, known: _Kind) -> tuple[int, int | None]:
+        if known.settled is None:
+            best = self._best(known)
+            while best > 1 and not self._fits(kind, best):
+                best //= 2
+            known.settled = best, self._find_untried(kind, known)
+        return known.settled
+
+    def _find_untried(self, kind: Hashable, known: _Kind) -> int | None:
         rates = known.rates()
         top = max(rates.values(), default=0.0)
+        best = self._best(known)
         worse = 0
         for size in self._allowed(kind, known):
-            if size > most:
-                return None
             if size not in rates:
                 return size
             # Two sizes in a row that are clearly slower: what is larger still only takes memory.
             worse = worse + 1 if rates[size] < _WORSE * top else 0
-            if worse == 2 and size > self._best(known):
+            if worse == 2 and size > best:
                 return None
         return None
 
@@ -103,16 +118,20 @@ class BatchSizes:
         if rows not in known.begun:
             known.begun.add(rows)
             return
-        known.seconds.setdefault(rows, deque(maxlen=_KEPT)).append(seconds)
+        samples = known.seconds.setdefault(rows, deque(maxlen=_KEPT))
+        samples.append(seconds)
+        if len(samples) == _SAMPLES:
+            known.settled = None
 
     def too_large(self, kind: Hashable, rows: int) -> None:
         """The runtime failed on so many rows, and not on fewer."""
         known = self._kind(kind)
-        known.cap = max(1, min(known.cap, max(s for s in SIZES if s == 1 or s < rows)))
+        known.cap = min(known.cap, max(s for s in SIZES if s == 1 or s < rows))
+        known.settled = None
 
     def best(self, kind: Hashable) -> int:
         """As far as it is known."""
-        return self._best(self._kind(kind))
+        return self._settled(kind, self._kind(kind))[0]
 
     def rates(self, kind: Hashable) -> dict[int, float]:
         """Images per second by rows of a step, as far as they are known."""
@@ -126,12 +145,18 @@ class BatchSizes:
         return None if taken is None else taken / best * rows
 
     def _best(self, known: _Kind) -> int:
-        best, rate = 1, 0.0
-        for size, found in known.rates().items():
-            in_time = size == 1 or size / found <= self._latency_s
-            if size <= known.cap and in_time and found > rate * _CLEARLY:
-                best, rate = size, found
-        return best
+        """The fastest within the latency; of several as fast, the one with the fewest steps that is short."""
+        rates = {
+            size: rate
+            for size, rate in known.rates().items()
+            if size <= known.cap and (size == 1 or size / rate <= self._latency_s)
+        }
+        if not rates:
+            return 1
+        top = max(rates.values())
+        good = [size for size, rate in rates.items() if rate * _AS_GOOD >= top]
+        short = [size for size in good if size / rates[size] <= self._latency_s * _SHORT]
+        return max(short, default=min(good))
 
     def _allowed(self, kind: Hashable, known: _Kind) -> list[int]:
         """Sizes that are expected to keep within time and memory, by the largest smaller one measured."""

@@ -114,8 +114,9 @@ class Batcher:
                     for listener in (each for work in works for each in work.listeners):
                         listener.refuse(error)
                     raise
-            for part, outputs, seconds in found:
-                _hand_out(part, outputs, seconds)
+            with line.together():
+                for part, outputs, seconds in found:
+                    _hand_out(part, outputs, seconds)
 
     # ── who is next, under the turn ──────────────────────────────────────────────────────────
 
@@ -156,7 +157,7 @@ class Batcher:
 
     def _wanted_rows(self) -> int:
         kind = self._works[0].kind
-        return max(self.sizes.best(kind), self.sizes.untried(kind, 1 << 30) or 0)
+        return max(self.sizes.best(kind), self.sizes.untried(kind) or 0)
 
     def _begin(self, asked: Asked) -> None:
         try:
@@ -292,7 +293,7 @@ class Batcher:
 
     def _probe(self) -> tuple[Probe, int] | None:
         while self._probes and not self._throttling.state.throttled:
-            size = self.sizes.untried(self._probes[0].kind, 1 << 30)
+            size = self.sizes.untried(self._probes[0].kind)
             if size is not None:
                 return self._probes[0], size
             probe = self._probes.pop(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Container, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import msgspec
@@ -63,13 +64,19 @@ class Ends(Protocol):
 class JointLine:
     """Implements `Line`."""
 
-    def __init__(self, lane: Lane, ends: Ends) -> None:
+    def __init__(
+        self, lane: Lane, ends: Ends, together: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         self._lane = lane
         self._ends = ends
+        self._together = together
 
     @property
     def closed(self) -> bool:
         return self._lane.jobs.closed
+
+    def together(self) -> AbstractContextManager[None]:
+        return self._together()
 
     def take(self, timeout_s: float, without: Container[str] = ()) -> Asked | None:
         while (job := self._lane.jobs.take(timeout_s, without)) is not None:

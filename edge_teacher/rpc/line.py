@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -58,6 +59,10 @@ class Line(Protocol):
 
     def take_all(self, wanted: Callable[[str, Any], bool]) -> list[Asked]:
         """Those whose method and request are `wanted`, out of their turn."""
+        ...
+
+    def together(self) -> AbstractContextManager[None]:
+        """Small answers given by this thread meanwhile leave as one: it costs less."""
         ...
 
     @property

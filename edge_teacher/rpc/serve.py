@@ -112,7 +112,7 @@ class Server:
             for i in range(workers)
         ]
         if engine is not None:
-            line = JointLine(self._joint, self)
+            line = JointLine(self._joint, self, transport.together)
             self._threads += [
                 threading.Thread(
                     target=_serve_on, args=(engine, line), name=f"engine-{i}", daemon=True
