@@ -122,6 +122,7 @@ class Answers:
             keep=lambda found, _where: maps.kept(found["saliency"]),
             finish=lambda whole, ms: maps.answer(whole, Answered(compute_ms=round(ms, 3))),
             needs_bytes=values * BYTES_PER_VALUE[query.dtype],
+            same=query.dtype,
         )
 
     def _features(self, query: FeaturesQuery, tensors: Tensors) -> Inference:
@@ -171,6 +172,7 @@ class Answers:
             keep=keep,
             finish=finish,
             needs_bytes=values * BYTES_PER_VALUE[query.dtype],
+            same=None if attention is not None else (tap, query.form, query.dtype, query.saliency),
         )
 
     def _require_small(self, values: int, dtype: Dtype) -> None:

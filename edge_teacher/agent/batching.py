@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_teacher.agent.batch_sizes import BatchSizes
 from edge_teacher.agent.ceiling import MemoryCeiling
@@ -76,6 +77,51 @@ class _Part:
         return rows
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What one run of a graph brought: rows of the outputs, one part after the other."""
+
+    parts: list[_Part]
+    found: Mapping[str, Floats]
+    seconds: float
+
+    def hand_out(self) -> None:
+        """To each query its rows; what is done to all of them alike is done once."""
+        reduced: dict[Hashable, Mapping[str, NDArray[np.generic]]] = {}
+        count = sum(part.rows for part in self.parts)
+        start = 0
+        for part in self.parts:
+            rows = slice(start, start + part.rows)
+            start = rows.stop
+            for listener in part.listeners:
+                if listener.ended:
+                    continue
+                try:
+                    kept = self._kept(listener.inference, part.where, rows, reduced)
+                    complete = listener.take(kept, part.where, self.seconds * part.rows / count)
+                except Exception as error:  # noqa: BLE001 - a neighbour has nothing to do with it
+                    listener.refuse(error)
+                    continue
+                if complete:
+                    listener.finish()
+
+    def _kept(
+        self,
+        inference: Inference,
+        where: slice,
+        rows: slice,
+        reduced: dict[Hashable, Mapping[str, NDArray[np.generic]]],
+    ) -> Mapping[str, NDArray[np.generic]]:
+        if inference.same is None:
+            return inference.keep(
+                {name: self.found[name][rows] for name in inference.outputs}, where
+            )
+        whole = reduced.get(inference.same)
+        if whole is None:
+            whole = reduced[inference.same] = inference.keep(self.found, where)
+        return {name: values[rows] for name, values in whole.items()}
+
+
 class Batcher:
     """An `Engine`."""
 
@@ -108,15 +154,15 @@ class Batcher:
                     parts = self._next(line)
                     if parts is None:
                         return
-                    found = self._compute(parts)
+                    steps = self._compute(parts)
                 except Exception as error:
                     works, self._works = self._works, []
                     for listener in (each for work in works for each in work.listeners):
                         listener.refuse(error)
                     raise
             with line.together():
-                for part, outputs, seconds in found:
-                    _hand_out(part, outputs, seconds)
+                for step in steps:
+                    step.hand_out()
 
     # ── who is next, under the turn ──────────────────────────────────────────────────────────
 
@@ -205,8 +251,7 @@ class Batcher:
 
     # ── computing, under the turn ────────────────────────────────────────────────────────────
 
-    def _compute(self, parts: list[_Part]) -> list[tuple[_Part, Mapping[str, Floats], float]]:
-        """Each part with its rows of the outputs and its share of the time."""
+    def _compute(self, parts: list[_Part]) -> list[_Step]:
         if not parts:
             self._try_probe()
             return []
@@ -216,14 +261,7 @@ class Batcher:
             found, seconds = self._run(first.first.session, images, first.kind, first.outputs)
         except Exception as error:  # noqa: BLE001
             return self._apart(parts, error)
-        made: list[tuple[_Part, Mapping[str, Floats], float]] = []
-        start = 0
-        for part in parts:
-            end = start + part.rows
-            rows = {name: values[start:end] for name, values in found.items()}
-            made.append((part, rows, seconds * part.rows / len(images)))
-            start = end
-        return made
+        return [_Step(parts, found, seconds)]
 
     def _run(
         self, session: Session, images: Images, kind: Hashable, outputs: frozenset[str]
@@ -246,24 +284,18 @@ class Batcher:
             self.sizes.took(kind, count, seconds)
         return found, seconds
 
-    def _apart(
-        self, parts: list[_Part], error: Exception
-    ) -> list[tuple[_Part, Mapping[str, Floats], float]]:
+    def _apart(self, parts: list[_Part], error: Exception) -> list[_Step]:
         """After a failure: each work on its own, in ever smaller steps, so that only who fails alone fails."""
-        made: list[tuple[_Part, Mapping[str, Floats], float]] = []
+        made: list[_Step] = []
         for part in parts:
             try:
-                pieces = self._alone(part, error if len(parts) == 1 else None)
+                made += self._alone(part, error if len(parts) == 1 else None)
             except Exception as own:  # noqa: BLE001
                 for listener in part.listeners:
                     listener.refuse(own)
-                continue
-            made += pieces
         return made
 
-    def _alone(
-        self, part: _Part, known: Exception | None
-    ) -> list[tuple[_Part, Mapping[str, Floats], float]]:
+    def _alone(self, part: _Part, known: Exception | None) -> list[_Step]:
         """`known`: it has failed already. Raises the error of one image that fails alone."""
         work, error = part.work, known
         if error is None:
@@ -274,15 +306,13 @@ class Batcher:
             except Exception as own:  # noqa: BLE001
                 error = own
             else:
-                return [(part, found, seconds)]
+                return [_Step([part], found, seconds)]
         if part.rows == 1:
             raise error
         middle = (part.where.start + part.where.stop) // 2
         halves = [slice(part.where.start, middle), slice(middle, part.where.stop)]
         made = [
-            piece
-            for half in halves
-            for piece in self._alone(_Part(work, half, part.listeners), None)
+            step for half in halves for step in self._alone(_Part(work, half, part.listeners), None)
         ]
         # Less at once does work: so it was the size, as where a GPU's memory ends.
         self.sizes.too_large(work.kind, part.rows)
@@ -325,14 +355,3 @@ def _joined(pieces: list[Images]) -> Images:
     if len(pieces) == 1:
         return np.ascontiguousarray(pieces[0])
     return np.concatenate(pieces)
-
-
-def _hand_out(part: _Part, found: Mapping[str, Floats], seconds: float) -> None:
-    for listener in part.listeners:
-        try:
-            complete = listener.take(found, part.where, seconds)
-        except Exception as error:  # noqa: BLE001 - a neighbour has nothing to do with it
-            listener.refuse(error)
-            continue
-        if complete:
-            listener.finish()

@@ -20,7 +20,7 @@ Keep = Callable[[Mapping[str, Floats], slice], Mapping[str, NDArray[np.generic]]
 """What is left of a step's outputs for the answer; the slice says which of the images they are about."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Inference:
     """What one query needs: outputs of a graph for its images, and what becomes of them."""
 
@@ -36,6 +36,9 @@ class Inference:
     """(all that was kept, milliseconds of computing) to the answer."""
     needs_bytes: int
     """What the answer will take while it is made."""
+    same: Hashable = None
+    """Equal where `keep` does the same to every image, so that it can be done to a whole step at once; None
+    where it depends on which of the images they are."""
 
     @property
     def about(self) -> Hashable:
@@ -43,7 +46,7 @@ class Inference:
         return (id(self.session), self.pixels, self.mirrored)
 
 
-@dataclass
+@dataclass(eq=False)
 class Listener:
     """One query of a work, with what was kept for it so far."""
 
@@ -56,15 +59,12 @@ class Listener:
     ended: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def take(self, found: Mapping[str, Floats], where: slice, seconds: float) -> bool:
-        """Keep what it needs of a step; whether that was the last of it."""
-        if self.ended:
-            return False  # it was refused, or withdrawn
-        kept = self.inference.keep({name: found[name] for name in self.inference.outputs}, where)
+    def take(self, kept: Mapping[str, NDArray[np.generic]], where: slice, seconds: float) -> bool:
+        """What it needs of a step; whether that was the last of it."""
         rows = len(self.inference.images)
         with self.lock:
             if self.ended:
-                return False
+                return False  # it was refused, or withdrawn
             for name, values in kept.items():
                 if name not in self.whole:
                     self.whole[name] = np.empty((rows, *values.shape[1:]), values.dtype)
@@ -98,7 +98,7 @@ class Listener:
             return not ended
 
 
-@dataclass
+@dataclass(eq=False)
 class Work:
     """Images that go through the graph once, for whoever wants something of them."""
 
