@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+"""What decides how long a step takes, but for its rows."""
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -54,19 +58,19 @@ class _Kind:
         return {rows: rows / taken for rows, taken in found.items() if taken}
 
 
-class BatchSizes:
+class BatchSizes(Generic[K]):
     """Not thread-safe: whoever has the turn to compute asks and tells it."""
 
-    def __init__(self, *, latency_s: float, fits: Callable[[Hashable, int], bool]) -> None:
+    def __init__(self, *, latency_s: float, fits: Callable[[K, int], bool]) -> None:
         """`latency_s`: what one step may take, because a query that comes during it waits for its end.
 
         `fits`: whether memory allows a step of the kind with so many rows.
         """
         self._latency_s = latency_s
         self._fits = fits
-        self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
+        self._kinds: OrderedDict[K, _Kind] = OrderedDict()
 
-    def choose(self, kind: Hashable, waiting: int) -> int:
+    def choose(self, kind: K, waiting: int) -> int:
         """Rows of the next step when so many wait: at least 1, at most `waiting`."""
         known = self._kind(kind)
         known.steps += 1
@@ -84,11 +88,11 @@ class BatchSizes:
                 return near[known.again % len(near)]
         return min(best, waiting)
 
-    def untried(self, kind: Hashable) -> int | None:
+    def untried(self, kind: K) -> int | None:
         """The smallest size that is worth measuring and is not known yet."""
         return self._settled(kind, self._kind(kind))[1]
 
-    def _settled(self, kind: Hashable, known: _Kind) -> tuple[int, int | None]:
+    def _settled(self, kind: K, known: _Kind) -> tuple[int, int | None]:
         if known.settled is None:
             best = self._best(known)
             while best > 1 and not self._fits(kind, best):
@@ -96,7 +100,7 @@ class BatchSizes:
             known.settled = best, self._find_untried(kind, known)
         return known.settled
 
-    def _find_untried(self, kind: Hashable, known: _Kind) -> int | None:
+    def _find_untried(self, kind: K, known: _Kind) -> int | None:
         rates = known.rates()
         top = max(rates.values(), default=0.0)
         best = self._best(known)
@@ -110,7 +114,7 @@ class BatchSizes:
                 return None
         return None
 
-    def took(self, kind: Hashable, rows: int, seconds: float) -> None:
+    def took(self, kind: K, rows: int, seconds: float) -> None:
         """A step with so many rows has taken so long, undisturbed."""
         if rows not in SIZES:
             return
@@ -123,21 +127,21 @@ class BatchSizes:
         if len(samples) == _SAMPLES:
             known.settled = None
 
-    def too_large(self, kind: Hashable, rows: int) -> None:
+    def too_large(self, kind: K, rows: int) -> None:
         """The runtime failed on so many rows, and not on fewer."""
         known = self._kind(kind)
         known.cap = min(known.cap, max(s for s in SIZES if s == 1 or s < rows))
         known.settled = None
 
-    def best(self, kind: Hashable) -> int:
+    def best(self, kind: K) -> int:
         """As far as it is known."""
         return self._settled(kind, self._kind(kind))[0]
 
-    def rates(self, kind: Hashable) -> dict[int, float]:
+    def rates(self, kind: K) -> dict[int, float]:
         """Images per second by rows of a step, as far as they are known."""
         return self._kind(kind).rates()
 
-    def seconds(self, kind: Hashable, rows: int) -> float | None:
+    def seconds(self, kind: K, rows: int) -> float | None:
         """What `rows` images will take, by what the best step takes."""
         known = self._kind(kind)
         best = self._best(known)
@@ -158,7 +162,7 @@ class BatchSizes:
         short = [size for size in good if size / rates[size] <= self._latency_s * _SHORT]
         return max(short, default=min(good))
 
-    def _allowed(self, kind: Hashable, known: _Kind) -> list[int]:
+    def _allowed(self, kind: K, known: _Kind) -> list[int]:
         """Sizes that are expected to keep within time and memory, by the largest smaller one measured."""
         found: list[int] = []
         each = 0.0
@@ -171,7 +175,7 @@ class BatchSizes:
             found.append(size)
         return found
 
-    def _kind(self, kind: Hashable) -> _Kind:
+    def _kind(self, kind: K) -> _Kind:
         found = self._kinds.get(kind)
         if found is None:
             found = self._kinds[kind] = _Kind()

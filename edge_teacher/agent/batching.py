@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from edge_teacher.agent.batch_sizes import BatchSizes
 from edge_teacher.agent.ceiling import MemoryCeiling
 from edge_teacher.agent.throttling import Throttling
-from edge_teacher.agent.work import Floats, Inference, Listener, Work
+from edge_teacher.agent.work import Floats, Inference, Kind, Listener, Work
 from edge_teacher.contract.errors import Busy, RuntimeFailed
 from edge_teacher.contract.images import Images
 from edge_teacher.rpc.line import Asked, Line
@@ -59,8 +59,8 @@ class Probe:
     outputs: frozenset[str]
 
     @property
-    def kind(self) -> Hashable:
-        return (id(self.session), self.size, self.outputs)
+    def kind(self) -> Kind:
+        return Kind(id(self.session), self.size, self.outputs)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,9 @@ class Batcher:
         self._plans = plans
         self._memory = memory
         self._throttling = throttling
-        self.sizes = BatchSizes(latency_s=latency_s, fits=memory.fits)
+        self.sizes: BatchSizes[Kind] = BatchSizes(
+            latency_s=latency_s, fits=lambda kind, rows: memory.fits(kind.memory, rows)
+        )
         self._probes = list(probes)
         self._turn = threading.Lock()
         self._works: list[Work] = []
@@ -264,14 +266,14 @@ class Batcher:
         return [_Step(parts, found, seconds)]
 
     def _run(
-        self, session: Session, images: Images, kind: Hashable, outputs: frozenset[str]
+        self, session: Session, images: Images, kind: Kind, outputs: frozenset[str]
     ) -> tuple[Mapping[str, Floats], float]:
         count = len(images)
-        before = self._memory.before_step(kind, count)
+        before = self._memory.before_step(kind.memory, count)
         began = time.perf_counter()
         found = session.run(images, sorted(outputs))
         seconds = time.perf_counter() - began
-        self._memory.after_step(kind, count, before)
+        self._memory.after_step(kind.memory, count, before)
         for name, values in found.items():
             if len(values) != count:
                 raise RuntimeFailed(

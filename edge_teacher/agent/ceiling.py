@@ -20,6 +20,10 @@ _RETRY_AFTER_S = 1.0
 _LEAST_BYTES = 8 * MIB
 _LOOK_EVERY_S = 0.05
 _TRIM_EVERY_S = 0.5
+_MOST_KINDS = 64
+_GROWS_FOR = 4
+"""Steps of one size until a runtime has all the memory it wants for it: the second still takes some."""
+_CAUTION = 1.25
 _SMALL_BYTES = MIB
 """What takes less is not worth asking the kernel each time."""
 
@@ -105,6 +109,8 @@ class MemoryCeiling:
         self._trimmed_at = -1.0
         self._seen_room = 0
         self._steps: dict[Hashable, _StepCost] = {}
+        self._runtime_bytes = 0
+        """What steps have made this process grow by: it is not given back."""
 
     @property
     def reserved_bytes(self) -> int:
@@ -165,42 +171,59 @@ class MemoryCeiling:
     # ── what a step takes ────────────────────────────────────────────────────────────────────
 
     def fits(self, kind: Hashable, rows: int) -> bool:
-        """Whether a step of so many rows is expected to stay below the ceiling."""
+        """Whether a step of so many rows is expected to stay below the ceiling, and to leave enough of it.
+
+        A runtime keeps what it has once needed: it may have a quarter, as `Limits.within` leaves it.
+        """
         cost = self._steps.get(kind)
         more = 0 if cost is None else cost.expected_growth(rows)
-        return more <= 0 or self.has_room(more)
+        if more <= 0:
+            return True
+        return self._runtime_bytes + more <= self._for_questions // 4 and self.has_room(more)
 
     def before_step(self, kind: Hashable, rows: int) -> int | None:
         """What to hand to `after_step`: None where nothing is to be learnt from this one."""
         cost = self._steps.get(kind)
-        return None if cost is not None and rows <= cost.largest else self._resident()
+        return None if cost is not None and cost.is_known(rows) else self._resident()
 
     def after_step(self, kind: Hashable, rows: int, before: int | None) -> None:
         if before is None:
             return
-        if len(self._steps) > 64:
-            self._steps.clear()
-        cost = self._steps.setdefault(kind, _StepCost())
-        cost.learn(rows, self._resident() - before)
+        if kind not in self._steps and len(self._steps) >= _MOST_KINDS:
+            self._steps.pop(next(iter(self._steps)))
+        grown = max(0, self._resident() - before)
+        self._steps.setdefault(kind, _StepCost()).learn(rows, grown)
+        self._runtime_bytes += grown
 
 
 class _StepCost:
     """What the runtime keeps for itself grows with the largest batch it has seen, and is not given back."""
 
     def __init__(self) -> None:
-        self.largest = 0
-        self._each = 0.0
+        self._smallest = 0
+        self._largest = 0
+        self._times = 0
+        """Steps with the largest number of rows."""
+        self._grown = 0
+        """Since there was more than the smallest number of rows."""
+
+    def is_known(self, rows: int) -> bool:
+        return rows < self._largest or (rows == self._largest and self._times >= _GROWS_FOR)
 
     def learn(self, rows: int, grown: int) -> None:
-        more = rows - self.largest
-        if more <= 0:
-            return
-        if self.largest:  # the first one also pays for what does not depend on the batch
-            self._each = max(self._each * 0.5, max(0, grown) / more)
-        self.largest = rows
+        if rows > self._largest:
+            self._largest, self._times = rows, 0
+        self._times += 1
+        if not self._smallest:
+            self._smallest = rows
+        if rows > self._smallest:  # the first one also pays for what does not depend on the batch
+            self._grown += grown
 
     def expected_growth(self, rows: int) -> int:
-        return int(max(0, rows - self.largest) * self._each)
+        if rows <= self._largest or self._largest == self._smallest:
+            return 0
+        each = self._grown / (self._largest - self._smallest)
+        return int((rows - self._largest) * each * _CAUTION)
 
 
 def _give_back() -> None:

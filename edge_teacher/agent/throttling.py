@@ -128,8 +128,8 @@ class Throttling:
             # A sensor without power reads -256 °C on a Jetson.
             if temperature is None or not -50_000 < temperature < 200_000:
                 continue
-            name = _text(zone / "type") or zone.name
-            for kind_file in sorted(zone.glob("trip_point_*_type")):
+            reached = []
+            for kind_file in zone.glob("trip_point_*_type"):
                 kind = _text(kind_file)
                 index = kind_file.name.split("_")[2]
                 trip = _number(zone / f"trip_point_{index}_temp")
@@ -140,12 +140,14 @@ class Throttling:
                 below = _number(zone / f"trip_point_{index}_hyst") or 0
                 margin = max(below, int(_LEAST_HYSTERESIS_C * 1000)) if held else 0
                 if temperature >= trip - margin:
-                    yield (
-                        f"{name} has {temperature / 1000:.0f} °C, and its {kind} trip point is "
-                        f"{trip / 1000:.0f} °C",
-                        kind != "passive" and temperature >= trip,
-                    )
-                    break
+                    reached.append((trip, kind))
+            if reached:
+                trip, kind = max(reached)
+                yield (
+                    f"{_text(zone / 'type') or zone.name} has {temperature / 1000:.0f} °C, and its {kind} "
+                    f"trip point is {trip / 1000:.0f} °C",
+                    any(kind != "passive" and temperature >= trip for trip, kind in reached),
+                )
 
     def _slows_down(self, zone: Path, index: str) -> bool:
         """Whether a trip is bound to something that holds clocks down; where nothing is bound, it counts."""

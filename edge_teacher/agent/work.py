@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,20 @@ Floats = NDArray[np.float32]
 
 Keep = Callable[[Mapping[str, Floats], slice], Mapping[str, NDArray[np.generic]]]
 """What is left of a step's outputs for the answer; the slice says which of the images they are about."""
+
+
+class Kind(NamedTuple):
+    """What may share a step: one graph, one size of images, the same outputs."""
+
+    session: int
+    size: tuple[int, ...]
+    """(height, width)"""
+    outputs: frozenset[str]
+
+    @property
+    def memory(self) -> Hashable:
+        """What the memory that a step takes depends on: a runtime keeps it for all outputs together."""
+        return self[:2]
 
 
 @dataclass(eq=False)
@@ -110,9 +125,8 @@ class Work:
     """The first row that is not computed yet."""
 
     @property
-    def kind(self) -> Hashable:
-        """What may share a step: one graph, one size of images, the same outputs."""
-        return (id(self.first.session), self.first.images.shape[1:3], self.outputs)
+    def kind(self) -> Kind:
+        return Kind(id(self.first.session), self.first.images.shape[1:3], self.outputs)
 
     @property
     def left(self) -> int:

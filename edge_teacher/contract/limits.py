@@ -46,7 +46,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         requests that wait, which have a piece of an upload each, and for the runtime.
         """
         quarter = memory_bytes // 4
-        waiting = max(4, quarter // 2 // UPLOAD_BYTES)
+        waiting = max(2, quarter // 2 // UPLOAD_BYTES)
         return msgspec.structs.replace(
             self,
             image_store_bytes=min(self.image_store_bytes, quarter),
