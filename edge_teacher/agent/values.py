@@ -36,7 +36,8 @@ class Values:
         if self._dtype != "f16":
             return {self._name: values.astype(np.float32, copy=False)}
         began = time.perf_counter()
-        half = values.astype(np.float16)
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
         if not np.isfinite(half).all():
             half = np.clip(values, -_MOST_F16, _MOST_F16).astype(np.float16)
         self._spent_s += time.perf_counter() - began
