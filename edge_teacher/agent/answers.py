@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_teacher.agent.image_store import ImageStore
 from edge_teacher.agent.pooling import attention_pool, check_attention, mean_pool
-from edge_teacher.contract import frame, packing, quantised
+from edge_teacher.agent.values import BYTES_PER_VALUE, Values
+from edge_teacher.agent.work import Floats, Inference
+from edge_teacher.contract import frame, packing
 from edge_teacher.contract.errors import (
     CheckFailed,
     Malformed,
@@ -37,20 +38,22 @@ from edge_teacher.contract.messages import (
     StudentOffered,
     TeacherInfo,
 )
+from edge_teacher.rpc.line import Asked, Joint
 from edge_teacher.rpc.serve import Answer, Method, Tensors
-from edge_teacher.runtime import Session, run_in_batches
+from edge_teacher.runtime import Session
 from edge_teacher.slots import Students
 
-_NUMPY: Mapping[Dtype, type[np.floating[Any]]] = {"f16": np.float16, "f32": np.float32}
-
-_BYTES: Mapping[Dtype, int] = {"u8": 1, "f16": 2, "f32": 4}
+_WIRE_BYTES: Mapping[Dtype, int] = {"u8": 1, "f16": 2, "f32": 4}
 
 ENCODINGS = ("f16", "f32", "u8", *(("zstd",) if packing.available() else ()))
 """What this device offers in its card."""
 
 
 class Answers:
-    """Binds the teacher, the image store and the students to the contract's methods."""
+    """Binds the teacher, the image store and the students to the contract's methods.
+
+    What runs a graph is joint: `plan` and `about` say what it is, and a `Batcher` does it.
+    """
 
     def __init__(
         self,
@@ -71,18 +74,34 @@ class Answers:
         self._card_changed = card_changed
         self._max_answer_bytes = max_answer_bytes
 
-    def methods(self) -> dict[str, Method[Any]]:
+    def methods(self) -> dict[str, Method[Any] | Joint[Any]]:
         return {
             "describe": Method(Empty, self.describe),
             "put_images": Method(PutImages, self.put_images),
-            "saliency": Method(SaliencyQuery, self.saliency),
-            "features": Method(FeaturesQuery, self.features),
-            "predict": Method(PredictQuery, self.predict),
+            "saliency": Joint(SaliencyQuery),
+            "features": Joint(FeaturesQuery),
+            "predict": Joint(PredictQuery),
             "student.offer": Method(StudentOffer, self.student_offer, changes=True),
             "student.status": Method(StudentCommand, self.student_status),
             "student.activate": Method(StudentCommand, self.student_activate, changes=True),
             "student.rollback": Method(StudentCommand, self.student_rollback, changes=True),
         }
+
+    def plan(self, asked: Asked) -> Inference:
+        """What a joint query needs. Raises NotFound, Malformed, TooLarge."""
+        query = asked.request
+        if isinstance(query, SaliencyQuery):
+            return self._saliency(query)
+        if isinstance(query, FeaturesQuery):
+            return self._features(query, asked.tensors)
+        assert isinstance(query, PredictQuery)
+        return self._predict(query)
+
+    def about(self, _method: str, query: Any) -> Hashable:
+        """Queries of which this is equal are about the same pixels, through the same graph."""
+        if isinstance(query, PredictQuery):
+            return (query.task, query.block, False)
+        return (None, query.block, isinstance(query, FeaturesQuery) and query.mirrored)
 
     def describe(self, _request: Empty, _tensors: Tensors) -> Answer:
         return self._card(), {}
@@ -90,66 +109,115 @@ class Answers:
     def put_images(self, request: PutImages, tensors: Tensors) -> Answer:
         return self._images.put(request, frame.tensor(tensors, "data", "u8", None)), {}
 
-    def saliency(self, query: SaliencyQuery, _tensors: Tensors) -> Answer:
+    def _saliency(self, query: SaliencyQuery) -> Inference:
         images = self._images.get(query.block)
-        started = time.perf_counter()
-        maps = run_in_batches(self._session, images, "saliency")
-        return _encoded(_answered(started), "saliency", maps, query.dtype, by_channel=False)
+        maps = Values("saliency", query.dtype, by_channel=False)
+        values = len(images) * math.prod(self._teacher.saliency_size)
+        return Inference(
+            session=self._session,
+            images=images,
+            pixels=query.block,
+            mirrored=False,
+            outputs=frozenset({"saliency"}),
+            keep=lambda found, _where: maps.kept(found["saliency"]),
+            finish=lambda whole, ms: maps.answer(whole, Answered(compute_ms=round(ms, 3))),
+            needs_bytes=values * BYTES_PER_VALUE[query.dtype],
+            same=query.dtype,
+        )
 
-    def features(self, query: FeaturesQuery, tensors: Tensors) -> Answer:
+    def _features(self, query: FeaturesQuery, tensors: Tensors) -> Inference:
         tap = query.tap or self._teacher.saliency_tap
         if tap not in self._teacher.taps:
             known = ", ".join(sorted(self._teacher.taps))
             raise NotFound(f"this teacher has no tap {tap!r}; it has {known}")
         images = self._images.get(query.block)
-        started = time.perf_counter()
-        if query.mirrored:
-            images = np.ascontiguousarray(images[:, :, ::-1])
         info = self._teacher.taps[tap]
+        values = len(images) * info.channels
         if query.form == "maps":
-            self._require_small(len(images) * info.channels * info.height * info.width, query.dtype)
-
-        def reduce(maps: NDArray[np.float32], where: slice) -> NDArray[np.float32]:
-            if query.form == "pooled":
-                return mean_pool(maps)
-            return maps if attention is None else attention_pool(maps, attention[where])
-
-        attention = None
+            values *= info.height * info.width
+            self._require_small(values, query.dtype)
+        attention: Floats | None = None
         if query.form == "attention":
             attention = frame.floats(tensors, "attention")
             check_attention(attention, len(images))
-        found = run_in_batches(self._session, images, f"features.{tap}", reduce=reduce)
-        return _encoded(_answered(started), "features", found, query.dtype, by_channel=True)
+        output = f"features.{tap}"
+        features = Values("features", query.dtype, by_channel=True)
+        maps = Values("saliency", query.dtype, by_channel=False) if query.saliency else None
+
+        def keep(found: Mapping[str, Floats], where: slice) -> dict[str, NDArray[np.generic]]:
+            of = found[output]
+            if attention is not None:
+                of = attention_pool(of, attention[where])
+            elif query.form == "pooled":
+                of = mean_pool(of)
+            kept = features.kept(of)
+            return kept if maps is None else kept | maps.kept(found["saliency"])
+
+        def finish(whole: Mapping[str, NDArray[np.generic]], ms: float) -> Answer:
+            answered, made = features.answer(whole, Answered(compute_ms=round(ms, 3)))
+            if maps is None:
+                return answered, made
+            assert isinstance(answered, Answered)
+            answered, more = maps.answer(whole, answered)
+            return answered, {**made, **more}
+
+        if maps is not None:
+            values += len(images) * math.prod(self._teacher.saliency_size)
+        return Inference(
+            session=self._session,
+            images=images,
+            pixels=query.block,
+            mirrored=query.mirrored,
+            outputs=frozenset({output} if maps is None else {output, "saliency"}),
+            keep=keep,
+            finish=finish,
+            needs_bytes=values * BYTES_PER_VALUE[query.dtype],
+            same=None if attention is not None else (tap, query.form, query.dtype, query.saliency),
+        )
 
     def _require_small(self, values: int, dtype: Dtype) -> None:
         """Known before anything is computed: maps of many images may be larger than the memory."""
-        size = values * _BYTES[dtype]
+        size = values * _WIRE_BYTES[dtype]
         if size > self._max_answer_bytes:
             raise TooLarge(
                 f"the answer would have {size} bytes, and the limit is {self._max_answer_bytes}; ask "
                 "about fewer images at once"
             )
 
-    def predict(self, query: PredictQuery, _tensors: Tensors) -> Answer:
+    def _predict(self, query: PredictQuery) -> Inference:
         images = self._images.get(query.block)
         student = self._students.active(query.task)
         card = student.card
+        # A student may answer for every pixel.
+        values = len(images) * len(card.classes)
+        if card.task_kind == "dense":
+            values *= math.prod(card.input_size)
+        self._require_small(values, "f32")
 
-        def small(found: NDArray[np.float32], _where: slice) -> NDArray[np.float32]:
-            # A student may answer for every pixel: known from its first batch.
-            self._require_small(found[0].size * len(images), "f32")
-            return found
+        def keep(found: Mapping[str, Floats], _where: slice) -> dict[str, NDArray[np.generic]]:
+            # Of a student that answers with more than its card lets expect, known from its first step.
+            self._require_small(found["logits"][0].size * len(images), "f32")
+            return {"logits": found["logits"].astype(np.float32, copy=False)}
 
-        started = time.perf_counter()
-        logits = run_in_batches(student.session, images, "logits", reduce=small)
-        answered = _answered(started)
-        return msgspec.structs.replace(
-            answered,
-            student_version=card.version,
-            classes=card.classes,
-            task_kind=card.task_kind,
-            decision=card.decision,
-        ), {"logits": logits.astype(np.float32)}
+        def finish(whole: Mapping[str, NDArray[np.generic]], ms: float) -> Answer:
+            return Answered(
+                compute_ms=round(ms, 3),
+                student_version=card.version,
+                classes=card.classes,
+                task_kind=card.task_kind,
+                decision=card.decision,
+            ), dict(whole)
+
+        return Inference(
+            session=student.session,
+            images=images,
+            pixels=query.block,
+            mirrored=False,
+            outputs=frozenset({"logits"}),
+            keep=keep,
+            finish=finish,
+            needs_bytes=values * BYTES_PER_VALUE["f32"],
+        )
 
     def student_offer(self, offer: StudentOffer, tensors: Tensors) -> Answer:
         data = frame.tensor(tensors, "data", "u8", None)
@@ -190,31 +258,3 @@ def _as_answers(check_failed: type[RpcError]) -> Iterator[None]:
         raise Malformed(str(error)) from error
     except OSError as error:
         raise RuntimeFailed(f"this device cannot store the student: {error.strerror}") from error
-
-
-def _encoded(
-    answered: Answered,
-    name: str,
-    values: NDArray[np.float32],
-    dtype: Dtype,
-    *,
-    by_channel: bool,
-) -> Answer:
-    """The values in the dtype that was asked for, and what that cost."""
-    started = time.perf_counter()
-    error = 0.0
-    if dtype == "u8":
-        if not np.isfinite(values).all():
-            raise RuntimeFailed(f"the {name} are not all finite; ask for them as f32 to see them")
-        tensors = quantised.quantise(values, name, by_channel=by_channel)
-        error = quantised.relative_error(values, quantised.floats(tensors, name))
-    else:
-        # fp16 ends at 65504; a feature beyond is held there rather than turned into infinity.
-        held = np.clip(values, -65504, 65504) if dtype == "f16" else values
-        tensors = {name: held.astype(_NUMPY[dtype])}
-    spent = round((time.perf_counter() - started) * 1e3, 3)
-    return msgspec.structs.replace(answered, encode_ms=spent, encode_error=error), tensors
-
-
-def _answered(started: float) -> Answered:
-    return Answered(compute_ms=round((time.perf_counter() - started) * 1e3, 3))

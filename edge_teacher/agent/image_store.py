@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_teacher.contract.errors import Malformed, NotFound, TooLarge
+from edge_teacher.contract.errors import Busy, Malformed, NotFound, TooLarge
 from edge_teacher.contract.images import Images, check_images, image_block_id
 from edge_teacher.contract.limits import Limits
 from edge_teacher.contract.messages import PutImages, Received
+
+_RETRY_AFTER_S = 1.0
 
 
 @dataclass
@@ -29,8 +32,12 @@ class _Block:
 class ImageStore:
     """Blocks by id. The least recently used ones make room, so a query may be told 404: send it again."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(
+        self, limits: Limits, has_room: Callable[[int], bool] = lambda _need: True
+    ) -> None:
+        """`has_room`: whether the process may take so many bytes more."""
         self._limits = limits
+        self._has_room = has_room
         self._blocks: OrderedDict[str, _Block] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -42,7 +49,8 @@ class ImageStore:
     def put(self, request: PutImages, data: NDArray[np.generic]) -> Received:
         """Take the piece that continues a block; any other is ignored and the answer says where to go on.
 
-        Raises TooLarge before taking memory, Malformed if the finished block is not what its id says.
+        Raises TooLarge or Busy before taking memory, Malformed if the finished block is not what its id
+        says.
         """
         with self._lock:
             block = self._blocks.get(request.block)
@@ -91,6 +99,15 @@ class ImageStore:
         while self._blocks and held + size > self._limits.image_store_bytes:
             _, oldest = self._blocks.popitem(last=False)
             held -= oldest.pixels.nbytes
+        # A whole block may be sent again; one that is still coming has somebody waiting for its rest.
+        while not self._has_room(size):
+            whole = next((key for key, block in self._blocks.items() if block.whole), None)
+            if whole is None:
+                raise Busy(
+                    f"there is no memory for a block of {size:,} bytes now; send it again later",
+                    retry_after_s=_RETRY_AFTER_S,
+                )
+            del self._blocks[whole]
         block = _Block(check_images(np.zeros(request.shape, np.uint8)))
         self._blocks[request.block] = block
         return block

@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from edge_teacher import __version__
 from edge_teacher import bundle as bundles
-from edge_teacher.agent.answers import ENCODINGS, Answers
-from edge_teacher.agent.image_store import ImageStore
+from edge_teacher.agent.answers import ENCODINGS
+from edge_teacher.agent.serving import Serving
 from edge_teacher.agent.telemetry import rss_bytes, temperature_c
 from edge_teacher.bundle import TeacherCard
 from edge_teacher.contract import PROTOCOL, frame, topics
@@ -54,6 +54,12 @@ class AgentConfig:
     threads: int = 1
     telemetry_s: float = 5.0
     limits: Limits = field(default_factory=Limits)
+    """Those that the memory cannot hold are announced and kept smaller."""
+    memory_bytes: int | None = None
+    """The most this process may have resident; None: nine tenths of what the machine or its control group
+    allows."""
+    sysfs: Path = Path("/sys")
+    """Where throttling is seen."""
 
 
 class Agent:
@@ -71,13 +77,19 @@ class Agent:
         self._bundle_digest = bundle.digest
         self._session = self._load(bundle.file(bundle.card.graph), bundle.card.graph)
         self._check_outputs()
-        self._images = ImageStore(config.limits)
+        self._serving = Serving(
+            self.teacher,
+            self._session,
+            config.limits,
+            memory_bytes=config.memory_bytes,
+            sysfs=config.sysfs,
+        )
         self._students = Students(
             _writable(config.state / "students"),
             config.coordinator_keys,
             self._load,
             dialects=CPU_DIALECTS,
-            max_bundle_bytes=config.limits.max_bundle_bytes,
+            max_bundle_bytes=self._serving.limits.max_bundle_bytes,
         )
         self._transport: Transport | None = None
         self._bulk: Transport | None = None
@@ -94,7 +106,7 @@ class Agent:
             bundle=self._bundle_digest,
             teacher=self.teacher,
             runtime=self._session.info,
-            limits=self.config.limits,
+            limits=self._serving.limits,
             students=self._students.statuses(),
             encodings=ENCODINGS,
         )
@@ -108,23 +120,16 @@ class Agent:
 
         `bulk`: a second connection for data; none: the same one.
         """
-        answers = Answers(
-            self.teacher,
-            self._session,
-            self._images,
-            self._students,
-            self.card,
-            self._announce_card,
-            max_answer_bytes=self.config.limits.max_answer_bytes,
-        )
+        methods, engine = self._serving.begin(self._students, self.card, self._announce_card)
         self._transport = transport
         self._bulk = bulk
         self._server = Server(
             transport,
             self.config.device,
-            answers.methods(),
-            limits=self.config.limits,
+            methods,
+            limits=self._serving.limits,
             allowed=self.config.allowed,
+            engine=engine,
             bulk=bulk,
         )
         self._server.start()
@@ -220,7 +225,7 @@ class Agent:
                 answered=counters.answered,
                 refused=counters.refused,
                 failed=counters.failed,
-                images_held=len(self._images),
+                images_held=len(self._serving.images),
             )
             self._publish(topics.telemetry(self.config.device), telemetry, qos=0, retain=False)
 

@@ -38,3 +38,22 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """All answers on their way together; a worker waits before it would exceed it."""
     max_queued_requests: int = 64
     max_queued_per_coordinator: int = 32
+
+    def within(self, memory_bytes: int) -> Limits:
+        """Limits of which everything together fits `memory_bytes`: what a small device can keep.
+
+        A quarter each for images, for answers on their way and for one that is being made; the rest is for
+        requests that wait, which have a piece of an upload each, and for the runtime.
+        """
+        quarter = memory_bytes // 4
+        waiting = max(2, quarter // 2 // UPLOAD_BYTES)
+        return msgspec.structs.replace(
+            self,
+            image_store_bytes=min(self.image_store_bytes, quarter),
+            max_block_bytes=min(self.max_block_bytes, quarter),
+            max_answer_bytes=min(self.max_answer_bytes, quarter),
+            max_outgoing_bytes=min(self.max_outgoing_bytes, quarter),
+            max_bundle_bytes=min(self.max_bundle_bytes, quarter),
+            answer_cache_bytes=min(self.answer_cache_bytes, quarter // 4),
+            max_queued_requests=min(self.max_queued_requests, waiting),
+        )

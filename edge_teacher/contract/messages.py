@@ -160,6 +160,9 @@ class FeaturesQuery(Wire, frozen=True):
     mirrored: bool = False
     """Left and right exchanged before the network sees them: saves sending the mirror images."""
     dtype: Dtype = "f16"
+    saliency: bool = False
+    """The answer has the tensor `saliency` of SaliencyQuery besides, from the same pass through the graph, of
+    the images as the network saw them. A device before 1.3 leaves it out. Since 1.3."""
 
 
 class PredictQuery(Wire, frozen=True):

@@ -48,6 +48,7 @@ class AnswerCache:
         """The oldest first."""
         self._gone: OrderedDict[Key, float] = OrderedDict()
         self._bytes = 0
+        self._bytes_on_their_way = 0
         self._command_bytes = 0
         self._changed = threading.Condition()
 
@@ -78,7 +79,7 @@ class AnswerCache:
         with self._changed:
             while True:
                 self._expire()
-                taken = self._bytes_on_their_way()
+                taken = self._bytes_on_their_way
                 if (
                     not answer.on_its_way_until
                     or not taken
@@ -94,6 +95,7 @@ class AnswerCache:
             self._held[key] = answer
             if answer.on_its_way_until:
                 self._on_their_way[key] = answer
+                self._bytes_on_their_way += size
             elif answer.of_a_command:
                 self._commands[key] = answer
                 self._command_bytes += size
@@ -126,11 +128,13 @@ class AnswerCache:
         oldest = now - self._limits.answer_cache_s
         for key, answer in list(self._on_their_way.items()):
             if answer.on_its_way_until < now:  # nobody waits for its chunks any more
-                del self._on_their_way[key]
+                self._arrived(key)
                 self._changed.notify_all()
-        for key in [k for k, a in self._first(lambda a: a.used < oldest)]:
-            if key not in self._on_their_way:
-                self._drop(key)
+        first = next(iter(self._held.values()), None)
+        if first is not None and first.used < oldest:
+            for key in [k for k, a in self._first(lambda a: a.used < oldest)]:
+                if key not in self._on_their_way:
+                    self._drop(key)
         for key in list(self._gone):
             if self._gone[key] >= oldest:
                 break
@@ -145,7 +149,7 @@ class AnswerCache:
 
         A large answer must not displace what others may ask again, and nothing a command's outcome.
         """
-        apart = self._bytes_on_their_way() + self._command_bytes
+        apart = self._bytes_on_their_way + self._command_bytes
         over = self._bytes - apart - self._limits.answer_cache_bytes
         if over <= 0:
             return
@@ -156,11 +160,13 @@ class AnswerCache:
                 over -= self._held[key].payload.nbytes
                 self._drop(key)
 
-    def _bytes_on_their_way(self) -> int:
-        return sum(answer.payload.nbytes for answer in self._on_their_way.values())
+    def _arrived(self, key: Key) -> None:
+        answer = self._on_their_way.pop(key, None)
+        if answer is not None:
+            self._bytes_on_their_way -= answer.payload.nbytes
 
     def _drop(self, key: Key) -> None:
-        self._on_their_way.pop(key, None)
+        self._arrived(key)
         self._no_command(key)
         answer = self._held.pop(key, None)
         if answer is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
+from collections.abc import Callable, Container
 from dataclasses import dataclass
+from typing import Any
 
 from edge_teacher.rpc.transport import Message
 
@@ -34,6 +36,8 @@ class Job:
     """It may have had an effect."""
     withdrawn: bool = False
     """Cancelled while it was being computed."""
+    content: tuple[Any, Any] | None = None
+    """(request, tensors), once they were read."""
 
 
 class FairQueue:
@@ -63,13 +67,18 @@ class FairQueue:
             self._changed.notify()
             return ""
 
-    def take(self, timeout_s: float) -> Job | None:
-        """The next in turn; None after `timeout_s` without one, or at once when closed and empty."""
+    def take(self, timeout_s: float, without: Container[str] = ()) -> Job | None:
+        """The next in turn; None after `timeout_s` without one, or at once when closed and empty.
+
+        `without`: askers whose turn it is not; with them it does not wait.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._count or self._closed, timeout_s)
-            if not self._count:
+            if not self._count and timeout_s:
+                self._changed.wait_for(lambda: self._count or self._closed, timeout_s)
+            asker = next((name for name in self._lines if name not in without), None)
+            if asker is None:
                 return None
-            asker, line = next(iter(self._lines.items()))
+            line = self._lines[asker]
             job = line.popleft()
             del self._lines[asker]
             if line:  # behind all others
@@ -82,6 +91,13 @@ class FairQueue:
         with self._changed:
             found = [job for line in self._lines.values() for job in line if job.key == key]
             return self._without(found)[0] if found else None
+
+    def take_all(self, wanted: Callable[[Job], bool]) -> list[Job]:
+        """Those that are `wanted`, out of their turn."""
+        with self._changed:
+            return self._without(
+                [job for line in self._lines.values() for job in line if wanted(job)]
+            )
 
     def expired(self) -> list[Job]:
         """Take out everything whose deadline has passed."""

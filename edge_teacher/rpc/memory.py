@@ -97,6 +97,9 @@ class MemoryTransport:
             raise TooLarge(f"a message of {len(message.payload)} bytes exceeds the packet size")
         self._broker.route(message)
 
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def close(self) -> None:
         self._end()
 

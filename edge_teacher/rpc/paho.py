@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from paho.mqtt.client import Client, MQTTMessageInfo
@@ -195,16 +196,21 @@ class PahoTransport:
                 f"a message of {len(message.payload)} bytes exceeds the packet size of "
                 f"{MAX_PACKET_BYTES}; send it in chunks"
             )
+        if not message.qos:
+            self._client.publish_unacknowledged(message)
+            return
         properties: Any = PackedProperties(message)
         payload: Any = message.payload
         published = self._client.publish(
             message.topic, payload, message.qos, message.retain, properties
         )
-        if message.qos:
-            with self._lock:
-                self._count_unacknowledged()
-                self._unacknowledged.append(published)
-                self._last_published = published
+        with self._lock:
+            self._count_unacknowledged()
+            self._unacknowledged.append(published)
+            self._last_published = published
+
+    def together(self) -> AbstractContextManager[None]:
+        return self._client.together()
 
     def close(self) -> None:
         # paho sends no more than the receive maximum at once and forgets the rest at DISCONNECT;

@@ -13,14 +13,16 @@ fit, and `tests/edge_teacher/rpc/test_paho_client.py` fails where they are not c
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from paho.mqtt.client import Client, mqtt_ms_publish, mqtt_ms_queued
+from paho.mqtt.client import Client, MQTTMessageInfo, mqtt_ms_publish, mqtt_ms_queued
 from paho.mqtt.enums import MQTTErrorCode
 
 from edge_teacher.rpc.transport import Message
@@ -51,8 +53,8 @@ class PackedProperties:
         if message.correlation:
             parts.append(_text(_CORRELATION, message.correlation))
         for key, value in message.user.items():
-            parts.append(_text(_USER, key.encode()))
-            parts.append(_text(None, value.encode()))
+            # All but one of them are the same in every message.
+            parts.append(_user(key, value) if key != "ms" else _user.__wrapped__(key, value))
         body = b"".join(parts)
         self._packed = _length(len(body)) + body
 
@@ -97,6 +99,7 @@ class FastClient(Client):
         self._writing = threading.Lock()
         self.unreadable = 0
         """Messages refused because a text of theirs is not UTF-8."""
+        self._held = threading.local()
         self.may_write_directly = False
         """Between CONNACK and the end of a connection without TLS, whose sockets take one thread at a time."""
 
@@ -112,6 +115,37 @@ class FastClient(Client):
                 if message.state == mqtt_ms_publish:
                     message.state = mqtt_ms_queued
             self._update_inflight()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What this thread publishes with QoS 0 meanwhile is written at the end, at once.
+
+        Each write costs the kernel more than a small message does, and wakes the broker.
+        """
+        if getattr(self._held, "packets", None) is not None:
+            yield  # within another
+            return
+        packets: list[bytes] = []
+        self._held.packets = packets
+        try:
+            yield
+        finally:
+            self._held.packets = None
+            if packets:
+                self._write(b"".join(packets))
+
+    def publish_unacknowledged(self, message: Message) -> None:
+        """With QoS 0. Without a connection it is lost, as its kind may be."""
+        packet = publish_packet(message)
+        held = getattr(self._held, "packets", None)
+        if held is None:
+            self._write(packet)
+        else:
+            held.append(packet)
+
+    def _write(self, packets: bytes) -> None:
+        if self._sock is not None:
+            self._packet_queue(_PUBLISH, packets, 0, 0, MQTTMessageInfo(0))
 
     def _create_socket(self) -> Any:
         return _Buffered(super()._create_socket())
@@ -184,6 +218,15 @@ class FastClient(Client):
 
     def _acknowledge(self, identifier: int) -> MQTTErrorCode:
         return self._send_puback(identifier) if identifier else MQTTErrorCode.MQTT_ERR_SUCCESS
+
+
+def publish_packet(message: Message) -> bytes:
+    """A PUBLISH with QoS 0 (MQTT 5.0, section 3.3)."""
+    topic = _text(None, message.topic.encode())
+    properties = PackedProperties(message).pack()
+    size = len(topic) + len(properties) + len(message.payload)
+    first = bytes([_PUBLISH | message.retain])
+    return b"".join((first, _length(size), topic, properties, message.payload))
 
 
 class NotUtf8(ValueError):
@@ -268,6 +311,11 @@ def _out(command: int, view: memoryview, mid: int, qos: int, info: Any, pos: int
 def _text(kind: int | None, value: bytes) -> bytes:
     head = b"" if kind is None else bytes([kind])
     return head + struct.pack("!H", len(value)) + value
+
+
+@functools.lru_cache(maxsize=256)
+def _user(key: str, value: str) -> bytes:
+    return _text(_USER, key.encode()) + _text(None, value.encode())
 
 
 def _length(value: int) -> bytes:

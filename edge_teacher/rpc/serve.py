@@ -7,12 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from edge_teacher.contract import PROTOCOL, frame, packing, topics
+from edge_teacher.contract import frame, packing, topics
 from edge_teacher.contract.errors import (
     Busy,
     Draining,
@@ -24,12 +23,14 @@ from edge_teacher.contract.errors import (
     RuntimeFailed,
     TooLarge,
 )
-from edge_teacher.contract.limits import BULK_ABOVE_BYTES, CHUNK_ABOVE_BYTES, Limits
-from edge_teacher.contract.messages import Control, Problem
-from edge_teacher.contract.versions import BULK_SINCE, minor_of
+from edge_teacher.contract.limits import Limits
+from edge_teacher.contract.messages import Control
+from edge_teacher.contract.versions import minor_of
 from edge_teacher.rpc.answer_cache import AnswerCache, Answered
-from edge_teacher.rpc.fair_queue import FairQueue, Job, Key
-from edge_teacher.rpc.outbox import Outbox
+from edge_teacher.rpc.fair_queue import Job, Key
+from edge_teacher.rpc.lanes import JointLine, Lane, late, require_in_time
+from edge_teacher.rpc.line import Engine, Joint, Line
+from edge_teacher.rpc.replies import Replies, as_sent, problem_frame
 from edge_teacher.rpc.transport import Message, Transport
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,6 @@ log = logging.getLogger(__name__)
 _IDLE_S = 1.0
 """How often an idle worker looks for answers that nobody has asked for in time."""
 
-_RETRY_AFTER_S = (0.05, 30.0)
-_UNKNOWN_SERVICE_S = 1.0
 
 Tensors = Mapping[str, frame.Array]
 Answer = tuple[msgspec.Struct, Tensors]
@@ -75,17 +74,23 @@ class Server:
         self,
         transport: Transport,
         device: str,
-        methods: Mapping[str, Method[Any]],
+        methods: Mapping[str, Method[Any] | Joint[Any]],
         *,
         limits: Limits,
         allowed: frozenset[str] = frozenset(),
         workers: int = 1,
+        engine: Engine | None = None,
         bulk: Transport | None = None,
     ) -> None:
         """`allowed`: the coordinators that may ask; empty means whoever the broker lets through.
 
-        `bulk`: a second connection for requests that carry much and for chunks; none: the same one.
+        `engine`: what answers the joint methods, on threads of its own, so that an upload does not wait
+        for an inference. `bulk`: a second connection for requests that carry much and for chunks; none:
+        the same one. Raises ValueError for joint methods without an engine.
         """
+        joint = sorted(name for name, method in methods.items() if isinstance(method, Joint))
+        if joint and engine is None:
+            raise ValueError(f"{', '.join(joint)} need an engine")
         self.counters = Counters()
         self._transport = transport
         self._bulk = bulk or transport
@@ -93,18 +98,27 @@ class Server:
         self._methods = methods
         self._limits = limits
         self._allowed = allowed
-        self._jobs = FairQueue(limits.max_queued_requests, limits.max_queued_per_coordinator)
+        self._plain = Lane(limits, workers)
+        self._joint = Lane(limits, 1)
         self._known: dict[Key, Job] = {}
         """Waiting, or being computed."""
         self._answers = AnswerCache(limits)
-        self._outbox = Outbox(self._bulk, self._publish_chunk)
-        self._service_s: float | None = None
+        self._replies = Replies(device, transport, self._bulk)
+        self._outbox = self._replies.outbox
         self._lock = threading.Lock()
         self._draining = False
         self._threads = [
             threading.Thread(target=self._work, name=f"worker-{i}", daemon=True)
             for i in range(workers)
         ]
+        if engine is not None:
+            line = JointLine(self._joint, self, transport.together)
+            self._threads += [
+                threading.Thread(
+                    target=_serve_on, args=(engine, line), name=f"engine-{i}", daemon=True
+                )
+                for i in range(engine.threads)
+            ]
 
     def start(self) -> None:
         for thread in self._threads:
@@ -115,13 +129,13 @@ class Server:
 
     @property
     def queued(self) -> int:
-        return len(self._jobs)
+        return len(self._plain.jobs) + len(self._joint.jobs)
 
     def drain(self, timeout_s: float = 10) -> None:
         """Answer 503 to what waits and to what comes; finish what is being computed."""
         with self._lock:
             self._draining = True
-        for job in self._jobs.close():
+        for job in self._plain.jobs.close() + self._joint.jobs.close():
             self._refuse(job.key, Draining(f"{self._device} is shutting down"))
         for thread in self._threads:
             thread.join(timeout_s)
@@ -146,7 +160,7 @@ class Server:
             self._refuse(key, error)
             return
         if done is not None:
-            self._send(key, done)
+            self._replies.send(key, done)
 
     def _admit(self, key: Key, message: Message) -> None:
         parsed = topics.parse(message.topic)
@@ -171,22 +185,19 @@ class Server:
         deadline = None if message.expiry_s is None else now + message.expiry_s
         job = Job(key, name, parsed.rest, message, deadline, now, minor)
         self._known[key] = job
-        full = self._jobs.put(job)
-        if full and (expired := self._jobs.expired()):
-            for late in expired:
-                self._known.pop(late.key, None)
-                self._say(late.key, _late(late))
-            full = self._jobs.put(job)
+        lane = self._lane(job)
+        full = lane.jobs.put(job)
+        if full and (expired := lane.jobs.expired()):
+            for old in expired:
+                self._known.pop(old.key, None)
+                self._say(old.key, late(old))
+            full = lane.jobs.put(job)
         if full:
             del self._known[key]
-            raise Busy(f"{self._device} has {full}", retry_after_s=self._retry_after_s())
+            raise Busy(f"{self._device} has {full}", retry_after_s=lane.retry_after_s())
 
-    def _retry_after_s(self) -> float:
-        """When half of what waits will have been computed, by the time the last ones took."""
-        each = self._service_s if self._service_s is not None else _UNKNOWN_SERVICE_S
-        least, most = _RETRY_AFTER_S
-        wait = each * max(1.0, len(self._jobs) / 2) / max(1, len(self._threads))
-        return round(min(most, max(least, wait)), 3)
+    def _lane(self, job: Job) -> Lane:
+        return self._joint if isinstance(self._methods[job.method], Joint) else self._plain
 
     def _on_control(self, message: Message) -> None:
         try:
@@ -214,7 +225,7 @@ class Server:
             job = self._known.get(key)
             if job is not None:
                 job.withdrawn = True
-                if self._jobs.remove(key) is not None:
+                if self._lane(job).jobs.remove(key) is not None:
                     del self._known[key]
             # Also of one that is not known: on its own connection, a request may come after its end.
             self._answers.finish(key)
@@ -223,57 +234,57 @@ class Server:
     # ── on the workers ───────────────────────────────────────────────────────────────────────
 
     def _work(self) -> None:
+        jobs = self._plain.jobs
         while True:
-            job = self._jobs.take(_IDLE_S)
+            job = jobs.take(_IDLE_S)
             if job is None:
-                if self._jobs.closed:
+                if jobs.closed:
                     return
                 self._answers.expire()
                 self._outbox.keep(lambda key: self._answers.get(key) is not None)
                 continue
             began = time.monotonic()
-            try:
-                self._answer_or_refuse(job)
-            except Exception:
-                # Not even the refusal could be sent. A worker outlives that too.
-                log.exception("the end of %s could not be told", job.method)
-            took = time.monotonic() - began
-            before = self._service_s
-            self._service_s = took if before is None else before * 0.8 + took * 0.2
+            self._answer_or_refuse(job)
+            self._plain.took(time.monotonic() - began)
 
     def _answer_or_refuse(self, job: Job) -> None:
-        try:
-            done = self._answer(job)
-        except RpcError as error:
-            self._failed(job, error)
-        except Exception as error:
-            # A worker outlives every request; the asker learns what happened.
-            log.exception("%s failed", job.method)
-            self._failed(job, RuntimeFailed(f"{job.method} failed on {self._device}: {error}"))
-        else:
-            if (
-                done is not None
-            ):  # it is remembered: if this fails, the retry is answered from there
-                self._send(job.key, done, job=job)
-
-    def _answer(self, job: Job) -> Answered | None:
-        """Compute and remember it; None where nobody wants it any more."""
-        if job.deadline is not None and time.monotonic() > job.deadline:
-            raise _late(job)
         method = self._methods[job.method]
-        request, tensors = frame.decode(job.message.payload, method.request)
-        job.begun = True
-        body, answer_tensors = method.answer(request, tensors)
+        assert isinstance(method, Method)
+        try:
+            require_in_time(job)
+            request, tensors = self.content(job)
+            job.begun = True
+            body, answer_tensors = method.answer(request, tensors)
+            del request, tensors
+            self.complete(job, body, answer_tensors)
+        except Exception as error:  # noqa: BLE001
+            self.end_badly(job, error)
+
+    def content(self, job: Job) -> tuple[Any, Tensors]:
+        """The request and its tensors. Raises Malformed."""
+        if job.content is None:
+            job.content = frame.decode(job.message.payload, self._methods[job.method].request)
+        return job.content
+
+    def complete(self, job: Job, body: msgspec.Struct, tensors: Tensors) -> None:
+        """Remember the answer and send it, where anybody still wants it. Raises RpcError."""
+        job.content = None
         packed = job.message.user.get("accept") == "zstd" and packing.available()
-        payload = frame.encode_parts(body, answer_tensors, packed=packed)
+        payload = frame.encode_parts(body, tensors, packed=packed)
         if payload.nbytes > self._limits.max_answer_bytes:
             raise TooLarge(
                 f"the answer would have {payload.nbytes} bytes, and the limit is "
                 f"{self._limits.max_answer_bytes}; ask about fewer images at once"
             )
-        del request, tensors, answer_tensors
-        done = self._as_sent(job, payload)
-        del payload
+        # A deadline is the asker's word: nobody pins memory for longer than any answer is remembered.
+        latest = time.monotonic() + self._limits.answer_cache_s
+        done = as_sent(
+            payload,
+            minor=job.minor,
+            command=self._changes(job),
+            on_its_way_until=latest if job.deadline is None else min(job.deadline, latest),
+        )
+        del tensors, payload
         until = job.deadline if job.deadline is not None else time.monotonic() + 60
         if not job.withdrawn and not self._answers.put(job.key, done, wait_until=until):
             raise Expired("other answers on their way took all memory until the deadline")
@@ -281,25 +292,33 @@ class Server:
             self._known.pop(job.key, None)
             if job.withdrawn:
                 self._answers.finish(job.key)
-                return None
+                return
         self.counters.answered += 1
-        return done
+        try:
+            # It is remembered: if this fails, the retry is answered from there.
+            self._replies.send(job.key, done, job=job)
+        except Exception:
+            log.exception("the answer to %s could not be sent", job.method)
 
-    def _as_sent(self, job: Job, payload: frame.Encoded) -> Answered:
-        if payload.nbytes <= CHUNK_ABOVE_BYTES:
-            joined = payload.join()
-            small = frame.Encoded((joined,), len(joined))
-            command = self._methods[job.method].changes
-            return Answered(small, minor=job.minor, of_a_command=command)
-        # A deadline is the asker's word: nobody pins memory for longer than any answer is remembered.
-        latest = time.monotonic() + self._limits.answer_cache_s
-        until = latest if job.deadline is None else min(job.deadline, latest)
-        return Answered(payload, payload.sha256(), job.minor, until)
+    def end_badly(self, job: Job, error: Exception) -> None:
+        """A thread outlives every request; the asker learns what happened."""
+        if not isinstance(error, RpcError):
+            log.error("%s failed", job.method, exc_info=error)
+            error = RuntimeFailed(f"{job.method} failed on {self._device}: {error}")
+        try:
+            self._failed(job, error)
+        except Exception:
+            # Not even the refusal could be sent. A worker outlives that too.
+            log.exception("the end of %s could not be told", job.method)
+
+    def _changes(self, job: Job) -> bool:
+        method = self._methods[job.method]
+        return isinstance(method, Method) and method.changes
 
     def _failed(self, job: Job, error: RpcError) -> None:
         """That a command has failed is what it came to, and no refusal."""
-        if job.begun and self._methods[job.method].changes and not isinstance(error, Busy):
-            raw = frame.encode(_problem(error))
+        if job.begun and self._changes(job) and not isinstance(error, Busy):
+            raw = problem_frame(error)
             outcome = Answered(
                 frame.Encoded((raw,), len(raw)),
                 minor=job.minor,
@@ -323,56 +342,12 @@ class Server:
             self.counters.failed += 1
         else:
             self.counters.refused += 1
-        payload = frame.encode(_problem(error))
-        self._publish(self._transport, key.respond_to, key, error.code, payload)
-
-    def _send(self, key: Key, done: Answered, *, job: Job | None = None) -> None:
-        """`job`: it has just been computed; None: it is asked for again."""
-        if done.sha256:
-            self._outbox.begin(key, done)
-            return
-        # If it is lost, the request comes again; only then is the acknowledgement worth its time.
-        small = done.payload.nbytes <= BULK_ABOVE_BYTES
-        qos = 0 if small and job is not None and self._transport.connected else 1
-        # What the asker has to take off before it knows how long the wire took.
-        spent = {} if job is None else {"ms": f"{(time.monotonic() - job.arrived) * 1e3:.3f}"}
-        payload = done.payload.join()
-        self._publish(
-            self._transport, key.respond_to, key, done.status, payload, qos=qos, user=spent
-        )
-
-    def _publish_chunk(self, key: Key, answer: Answered, chunk: bytes) -> None:
-        asker = topics.parse(key.respond_to)
-        apart = answer.minor >= BULK_SINCE and asker is not None
-        topic = topics.data(asker.owner, self._device) if apart and asker else key.respond_to
-        transport = self._bulk if self._bulk.connected else self._transport
-        self._publish(transport, topic, key, 206, chunk)
-
-    def _publish(
-        self,
-        transport: Transport,
-        topic: str,
-        key: Key,
-        status: int,
-        payload: bytes,
-        *,
-        qos: int = 1,
-        user: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        transport.publish(
-            Message(
-                topic=topic,
-                payload=payload,
-                qos=qos,
-                correlation=key.correlation,
-                user={"status": str(status), "v": PROTOCOL, "src": self._device, **user},
-            )
-        )
+        self._replies.refuse(key, error)
 
 
-def _problem(error: RpcError) -> Problem:
-    return Problem(code=error.code, message=str(error), retry_after_s=error.retry_after_s)
-
-
-def _late(job: Job) -> Expired:
-    return Expired(f"the request waited longer than its {job.message.expiry_s} s")
+def _serve_on(engine: Engine, line: Line) -> None:
+    while not line.closed:
+        try:
+            engine.serve(line)
+        except Exception:
+            log.exception("the engine stopped, and begins again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -65,6 +66,10 @@ class Transport(Protocol):
 
     def publish(self, message: Message) -> None:
         """Queue for sending; returns at once. Raises TooLarge above the contract's packet size."""
+        ...
+
+    def together(self) -> AbstractContextManager[None]:
+        """What this thread publishes with QoS 0 meanwhile may wait for the end of it, and goes as one."""
         ...
 
     def close(self) -> None:

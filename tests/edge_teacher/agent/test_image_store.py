@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from edge_teacher.agent.image_store import ImageStore
-from edge_teacher.contract.errors import Malformed, NotFound, TooLarge
+from edge_teacher.contract.errors import Busy, Malformed, NotFound, TooLarge
 from edge_teacher.contract.images import image_block_id
 from edge_teacher.contract.limits import Limits
 from edge_teacher.contract.messages import PutImages, Received
@@ -108,3 +108,18 @@ def test_an_unfinished_block_can_be_evicted_and_begun_again(store: ImageStore) -
         put(store, pictures(4, seed))
     assert put(store, BLOCK, 100).next_offset == 0
     assert put(store, BLOCK).next_offset == BYTES
+
+
+def test_without_memory_whole_blocks_make_room_and_then_it_is_busy() -> None:
+    others = [pictures(4, seed) for seed in (1, 2)]
+    room = [True]
+    store = ImageStore(Limits(image_store_bytes=10 * BYTES), lambda _need: room[0])
+    put(store, others[0])
+    put(store, BLOCK, 0, 100)
+    room[0] = False
+    with pytest.raises(Busy, match="no memory for a block") as refused:
+        put(store, others[1])
+    assert refused.value.retry_after_s
+    with pytest.raises(NotFound):
+        store.get(image_block_id(others[0]))  # it had to go, in vain
+    assert put(store, BLOCK, 100).next_offset == BYTES

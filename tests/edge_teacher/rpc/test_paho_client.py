@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -15,6 +17,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from edge_teacher.contract.errors import TooLarge
 from edge_teacher.contract.limits import MAX_PACKET_BYTES
 from edge_teacher.rpc import paho_client
 from edge_teacher.rpc.paho import PahoTransport
@@ -182,3 +185,67 @@ def test_the_rest_of_a_packet_does_not_wait_until_pahos_thread_wakes_by_itself(
     assert inbox.wait(1)[0].payload == payload
     sender.close()
     receiver.close()
+
+
+@given(messages)
+def test_a_message_without_acknowledgement_is_packed_whole(message: Message) -> None:
+    packet = paho_client.publish_packet(message)
+    length, at = paho_client._take_length(memoryview(packet), 1)
+    assert at + length == len(packet)
+    found, _ = read_publish(packet[0], memoryview(packet)[at:])
+    assert found == replace(message, qos=0)
+
+
+def test_what_is_published_together_is_one_write_and_arrives_in_order(
+    mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = (PahoTransport(mosquitto.address, name) for name in ("a", "b"))
+    try:
+        inbox = Inbox(b, "x/+")
+        written: list[int] = []
+        send = FastClient._send_now
+        monkeypatch.setattr(
+            FastClient, "_send_now", lambda s, c, v: written.append(len(v)) or send(s, c, v)
+        )
+        with a.together():
+            for i in range(5):
+                a.publish(Message(topic=f"x/{i}", payload=bytes([i]), qos=0))
+            assert written == []
+            with a.together():  # within another it adds to that
+                a.publish(Message(topic="x/5", payload=b"", qos=0))
+        assert len(written) == 1
+        a.publish(Message(topic="x/6", payload=b"", qos=0))
+        assert [m.topic for m in inbox.wait(7)] == [f"x/{i}" for i in range(7)]
+    finally:
+        a.close()
+        b.close()
+
+
+def test_more_together_than_the_socket_takes_at_once_arrives_whole(mosquitto: Mosquitto) -> None:
+    a, b = (PahoTransport(mosquitto.address, name) for name in ("a", "b"))
+    try:
+        inbox = Inbox(b, "x")
+        with a.together():
+            for i in range(400):
+                a.publish(Message(topic="x", payload=bytes([i % 251]) * 60_000, qos=0))
+        a.publish(Message(topic="x", payload=b"last", qos=1))
+        payloads = [bytes(m.payload) for m in inbox.wait(401)]
+        assert payloads[:400] == [bytes([i % 251]) * 60_000 for i in range(400)]
+        assert payloads[400] == b"last"
+    finally:
+        a.close()
+        b.close()
+
+
+def test_an_error_meanwhile_still_sends_what_was_published(mosquitto: Mosquitto) -> None:
+    a, b = (PahoTransport(mosquitto.address, name) for name in ("a", "b"))
+    try:
+        inbox = Inbox(b, "x")
+        with contextlib.suppress(TooLarge), a.together():
+            for payload in (b"1", bytes(MAX_PACKET_BYTES), b"2"):
+                a.publish(Message(topic="x", payload=payload, qos=0))
+        a.publish(Message(topic="x", payload=b"3", qos=0))
+        assert [m.payload for m in inbox.wait(2)] == [b"1", b"3"]
+    finally:
+        a.close()
+        b.close()

@@ -406,16 +406,16 @@ def test_a_worker_outlives_a_transport_that_fails(
 
 
 def test_retry_after_follows_the_measured_time(here: World, peer: Peer) -> None:
-    assert here.server._retry_after_s() == 1.0  # nothing is known yet
+    assert here.server._plain.retry_after_s() == 1.0  # nothing is known yet
     peer.ask()
     peer.wait(1)
     peer.fence()
     end = time.monotonic() + 10
-    while here.server._service_s is None:
+    while here.server._plain.service_s is None:
         assert time.monotonic() < end
-    assert here.server._retry_after_s() < 0.5
-    here.server._service_s = 1000.0
-    assert here.server._retry_after_s() == 30.0
+    assert here.server._plain.retry_after_s() < 0.5
+    here.server._plain.service_s = 1000.0
+    assert here.server._plain.retry_after_s() == 30.0
 
 
 def test_an_idle_server_lets_go_of_old_answers() -> None:

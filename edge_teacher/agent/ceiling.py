@@ -1,0 +1,232 @@
+"""A ceiling on this process's memory, kept by saying no in time: the kernel's OOM killer says nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+import time
+from collections.abc import Callable, Hashable
+from pathlib import Path
+
+from edge_teacher.agent.telemetry import rss_bytes
+from edge_teacher.contract.errors import Busy, TooLarge, UsageError
+from edge_teacher.contract.limits import MIB
+
+SPARE = 0.1
+"""Of what the machine or the control group has, left alone: for the interpreter, for sockets, for others."""
+
+_RETRY_AFTER_S = 1.0
+_LEAST_BYTES = 8 * MIB
+_LOOK_EVERY_S = 0.05
+_TRIM_EVERY_S = 0.5
+_MOST_KINDS = 64
+_GROWS_FOR = 4
+"""Steps of one size until a runtime has all the memory it wants for it: the second still takes some."""
+_CAUTION = 1.25
+_SMALL_BYTES = MIB
+"""What takes less is not worth asking the kernel each time."""
+
+
+def default_ceiling_bytes(root: Path = Path("/")) -> int:
+    """What this process may take: the least of its control groups' limits and the machine's memory.
+
+    `root`: where /proc and /sys are looked for. A tenth is left alone.
+    """
+    limits = [*_cgroup_limits(root), _meminfo(root, "MemTotal") or 0]
+    known = [limit for limit in limits if limit > 0]
+    return int(min(known, default=1024 * MIB) * (1 - SPARE))
+
+
+def _cgroup_limits(root: Path) -> list[int]:
+    """Of version 1 and 2, of this process's group and all above it (cgroups(7))."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    base = root / "sys/fs/cgroup"
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            places = [(base, "memory.max"), (base, "memory.high"), (base / "unified", "memory.max")]
+        elif "memory" in controllers.split(","):
+            places = [(base / "memory", "memory.limit_in_bytes")]
+        else:
+            continue
+        for mount, name in places:
+            group = mount / path.lstrip("/")
+            while True:
+                with contextlib.suppress(OSError, ValueError):
+                    limit = int((group / name).read_text())  # "max" is none
+                    # Version 1 says "no limit" as the largest number of pages.
+                    if limit < 1 << 60:
+                        found.append(limit)
+                if group in (mount, group.parent):
+                    break
+                group = group.parent
+    return found
+
+
+def _meminfo(root: Path, field: str) -> int | None:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+class MemoryCeiling:
+    """Thread-safe. Who wants memory asks before; what inferences take is learnt from what they took."""
+
+    def __init__(
+        self,
+        ceiling_bytes: int,
+        *,
+        resident: Callable[[], int] = rss_bytes,
+        available: Callable[[], int | None] = lambda: _meminfo(Path("/"), "MemAvailable"),
+        trim: Callable[[], None] | None = None,
+    ) -> None:
+        """`resident`, `available`: bytes this process has, and the machine could still give.
+
+        Made when everything that stays is loaded: the rest is for questions. Raises UsageError if that
+        is nothing.
+        """
+        self.ceiling_bytes = ceiling_bytes
+        self._resident = resident
+        self._for_questions = ceiling_bytes - resident()
+        if self._for_questions < _LEAST_BYTES:
+            raise UsageError(
+                f"the memory ceiling of {ceiling_bytes:,} bytes leaves {self._for_questions:,} for "
+                f"questions beside what the teacher takes; at least {_LEAST_BYTES:,} are needed: raise it, "
+                "or the limit of this process's control group"
+            )
+        self._available = available
+        self._trim = trim or _give_back
+        self._reserved = 0
+        self._lock = threading.Lock()
+        self._looked_at = -1.0
+        self._trimmed_at = -1.0
+        self._seen_room = 0
+        self._steps: dict[Hashable, _StepCost] = {}
+        self._runtime_bytes = 0
+        """What steps have made this process grow by: it is not given back."""
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Promised to what is being computed."""
+        return self._reserved
+
+    def room(self, *, exact: bool = True) -> int:
+        """Bytes that may still be taken; `exact`: as it is now, not as it was a moment ago."""
+        now = time.monotonic()
+        if exact or now - self._looked_at > _LOOK_EVERY_S:
+            room = self.ceiling_bytes - self._resident()
+            available = self._available()
+            if available is not None:
+                # The machine's memory is everybody's, on a Jetson the GPU's too.
+                room = min(room, int(available * (1 - SPARE)))
+            self._seen_room, self._looked_at = room, now
+        return self._seen_room - self._reserved
+
+    def has_room(self, need_bytes: int) -> bool:
+        """Whether so much may be taken now, if need be after what is free has been given back."""
+        if need_bytes <= self.room(exact=need_bytes > _SMALL_BYTES):
+            return True
+        # What was freed may still be counted as this process's.
+        now = time.monotonic()
+        if now - self._trimmed_at > _TRIM_EVERY_S:
+            self._trimmed_at = now
+            self._trim()
+        return need_bytes <= self.room()
+
+    def reserve(self, need_bytes: int) -> Callable[[], None]:
+        """Set so much aside until what is returned is called.
+
+        Raises Busy where it may be there later, and TooLarge where it never will.
+        """
+        if need_bytes > self._for_questions:
+            raise TooLarge(
+                f"the answer would take {need_bytes:,} bytes of memory while it is made, and this device "
+                f"has {self._for_questions:,} for all questions; ask about fewer images at once"
+            )
+        with self._lock:
+            if not self.has_room(need_bytes):
+                raise Busy(
+                    f"the answer would take {need_bytes:,} bytes of memory, and {max(0, self.room()):,} "
+                    f"are left of {self.ceiling_bytes:,}; ask again later, or about fewer images at once",
+                    retry_after_s=_RETRY_AFTER_S,
+                )
+            self._reserved += need_bytes
+        released = [False]
+
+        def release() -> None:
+            with self._lock:
+                if not released[0]:
+                    released[0] = True
+                    self._reserved -= need_bytes
+
+        return release
+
+    # ── what a step takes ────────────────────────────────────────────────────────────────────
+
+    def fits(self, kind: Hashable, rows: int) -> bool:
+        """Whether a step of so many rows is expected to stay below the ceiling, and to leave enough of it.
+
+        A runtime keeps what it has once needed: it may have a quarter, as `Limits.within` leaves it.
+        """
+        cost = self._steps.get(kind)
+        more = 0 if cost is None else cost.expected_growth(rows)
+        if more <= 0:
+            return True
+        return self._runtime_bytes + more <= self._for_questions // 4 and self.has_room(more)
+
+    def before_step(self, kind: Hashable, rows: int) -> int | None:
+        """What to hand to `after_step`: None where nothing is to be learnt from this one."""
+        cost = self._steps.get(kind)
+        return None if cost is not None and cost.is_known(rows) else self._resident()
+
+    def after_step(self, kind: Hashable, rows: int, before: int | None) -> None:
+        if before is None:
+            return
+        if kind not in self._steps and len(self._steps) >= _MOST_KINDS:
+            self._steps.pop(next(iter(self._steps)))
+        grown = max(0, self._resident() - before)
+        self._steps.setdefault(kind, _StepCost()).learn(rows, grown)
+        self._runtime_bytes += grown
+
+
+class _StepCost:
+    """What the runtime keeps for itself grows with the largest batch it has seen, and is not given back."""
+
+    def __init__(self) -> None:
+        self._smallest = 0
+        self._largest = 0
+        self._times = 0
+        """Steps with the largest number of rows."""
+        self._grown = 0
+        """Since there was more than the smallest number of rows."""
+
+    def is_known(self, rows: int) -> bool:
+        return rows < self._largest or (rows == self._largest and self._times >= _GROWS_FOR)
+
+    def learn(self, rows: int, grown: int) -> None:
+        if rows > self._largest:
+            self._largest, self._times = rows, 0
+        self._times += 1
+        if not self._smallest:
+            self._smallest = rows
+        if rows > self._smallest:  # the first one also pays for what does not depend on the batch
+            self._grown += grown
+
+    def expected_growth(self, rows: int) -> int:
+        if rows <= self._largest or self._largest == self._smallest:
+            return 0
+        each = self._grown / (self._largest - self._smallest)
+        return int((rows - self._largest) * each * _CAUTION)
+
+
+def _give_back() -> None:
+    """Free memory back to the kernel; glibc keeps what it may need again."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))

@@ -1,0 +1,66 @@
+"""What an agent answers with: the images it holds, the batches it makes of queries, and how far it may go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from edge_teacher.agent.answers import Answers
+from edge_teacher.agent.batching import Batcher, Probe
+from edge_teacher.agent.ceiling import MemoryCeiling, default_ceiling_bytes
+from edge_teacher.agent.image_store import ImageStore
+from edge_teacher.agent.telemetry import rss_bytes
+from edge_teacher.agent.throttling import Throttling
+from edge_teacher.contract.limits import Limits
+from edge_teacher.contract.messages import Card, TeacherInfo
+from edge_teacher.rpc.line import Joint
+from edge_teacher.rpc.serve import Method
+from edge_teacher.runtime import Session
+from edge_teacher.slots import Students
+
+
+class Serving:
+    """Made when the teacher is loaded: what it leaves of the memory is for questions."""
+
+    def __init__(
+        self,
+        teacher: TeacherInfo,
+        session: Session,
+        limits: Limits,
+        *,
+        memory_bytes: int | None = None,
+        sysfs: Path = Path("/sys"),
+    ) -> None:
+        """`memory_bytes`: the ceiling of this process; None: nine tenths of what it may have.
+
+        Raises UsageError for a ceiling that leaves nothing beside the teacher.
+        """
+        ceiling = default_ceiling_bytes() if memory_bytes is None else memory_bytes
+        self.memory = MemoryCeiling(ceiling)
+        self.throttling = Throttling(sysfs)
+        self.limits = limits.within(ceiling - rss_bytes())
+        """As the card announces them: what the memory cannot hold is not promised."""
+        self.images = ImageStore(self.limits, self.memory.has_room)
+        self._teacher = teacher
+        self._session = session
+
+    def begin(
+        self, students: Students, card: Callable[[], Card], card_changed: Callable[[], None]
+    ) -> tuple[Mapping[str, Method[Any] | Joint[Any]], Batcher]:
+        """What a `Server` needs: its methods, and the engine of those that are joint."""
+        answers = Answers(
+            self._teacher,
+            self._session,
+            self.images,
+            students,
+            card,
+            card_changed,
+            max_answer_bytes=self.limits.max_answer_bytes,
+        )
+        features = f"features.{self._teacher.saliency_tap}"
+        probes = [
+            Probe(self._session, self._teacher.input_size, frozenset(outputs))
+            for outputs in (("saliency", features), (features,), ("saliency",))
+        ]
+        return answers.methods(), Batcher(answers, self.memory, self.throttling, probes=probes)
