@@ -39,6 +39,12 @@ class ImageStore:
         with self._lock:
             return sum(len(block.pixels) for block in self._blocks.values() if block.whole)
 
+    def limit(self, limits: Limits) -> None:
+        """Other limits, from now on: the least recently used blocks beyond them are let go."""
+        with self._lock:
+            self._limits = limits
+            self._make_room(0)
+
     def put(self, request: PutImages, data: NDArray[np.generic]) -> Received:
         """Take the piece that continues a block; any other is ignored and the answer says where to go on.
 
@@ -87,10 +93,13 @@ class ImageStore:
 
     def _new(self, request: PutImages) -> _Block:
         size = self._size(request)
+        self._make_room(size)
+        block = _Block(check_images(np.zeros(request.shape, np.uint8)))
+        self._blocks[request.block] = block
+        return block
+
+    def _make_room(self, size: int) -> None:
         held = sum(block.pixels.nbytes for block in self._blocks.values())
         while self._blocks and held + size > self._limits.image_store_bytes:
             _, oldest = self._blocks.popitem(last=False)
             held -= oldest.pixels.nbytes
-        block = _Block(check_images(np.zeros(request.shape, np.uint8)))
-        self._blocks[request.block] = block
-        return block

@@ -29,7 +29,9 @@ from edge_teacher.contract.messages import Control, Problem
 from edge_teacher.contract.versions import BULK_SINCE, minor_of
 from edge_teacher.rpc.answer_cache import AnswerCache, Answered
 from edge_teacher.rpc.fair_queue import FairQueue, Job, Key
+from edge_teacher.rpc.latency import Latencies
 from edge_teacher.rpc.outbox import Outbox
+from edge_teacher.rpc.progress import Progress
 from edge_teacher.rpc.transport import Message, Transport
 
 log = logging.getLogger(__name__)
@@ -87,6 +89,8 @@ class Server:
         `bulk`: a second connection for requests that carry much and for chunks; none: the same one.
         """
         self.counters = Counters()
+        self.latencies = Latencies(methods)
+        self.progress = Progress()
         self._transport = transport
         self._bulk = bulk or transport
         self._device = device
@@ -116,6 +120,20 @@ class Server:
     @property
     def queued(self) -> int:
         return len(self._jobs)
+
+    def stuck(self, longest_s: float) -> str:
+        """Which worker makes no progress, as a sentence; empty where all do. See Progress.stuck."""
+        if not self._draining and not all(thread.is_alive() for thread in self._threads):
+            return "a worker has ended"
+        return self.progress.stuck(longest_s)
+
+    def reconfigure(self, limits: Limits, allowed: frozenset[str]) -> None:
+        """Take other limits and other coordinators from the next request on."""
+        with self._lock:
+            self._limits = limits
+            self._allowed = allowed
+        self._jobs.limit(limits.max_queued_requests, limits.max_queued_per_coordinator)
+        self._answers.limit(limits)
 
     def drain(self, timeout_s: float = 10) -> None:
         """Answer 503 to what waits and to what comes; finish what is being computed."""
@@ -224,6 +242,7 @@ class Server:
 
     def _work(self) -> None:
         while True:
+            self.progress.waits()
             job = self._jobs.take(_IDLE_S)
             if job is None:
                 if self._jobs.closed:
@@ -232,12 +251,14 @@ class Server:
                 self._outbox.keep(lambda key: self._answers.get(key) is not None)
                 continue
             began = time.monotonic()
+            self.progress.begins(job.method)
             try:
                 self._answer_or_refuse(job)
             except Exception:
                 # Not even the refusal could be sent. A worker outlives that too.
                 log.exception("the end of %s could not be told", job.method)
             took = time.monotonic() - began
+            self.latencies.add(job.method, time.monotonic() - job.arrived)
             before = self._service_s
             self._service_s = took if before is None else before * 0.8 + took * 0.2
 
