@@ -208,9 +208,7 @@ class PahoTransport:
             return
         self._address.ssl_context()  # all of them are usable, before any is taken
         if self._address.certificate is not None:
-            self._context.load_cert_chain(
-                self._address.certificate, self._address.key, password=""
-            )
+            self._context.load_cert_chain(self._address.certificate, self._address.key, password="")
         if self._address.ca is not None:
             self._context.load_verify_locations(cafile=str(self._address.ca))
 
