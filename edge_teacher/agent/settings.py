@@ -152,7 +152,7 @@ def _known(
 
 def _sentence(error: msgspec.ValidationError) -> str:
     """msgspec's "Expected `int`, got `str` - at `$.threads`" with the key as the file has it."""
-    what, _, where = str(error).partition(" - at ")
+    what, _, where = str(error).replace(" | null", "").partition(" - at ")
     return f"{where.strip('`').removeprefix('$.')}: {what[:1].lower()}{what[1:]}" if where else what
 
 

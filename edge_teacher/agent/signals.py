@@ -22,15 +22,16 @@ class Signals:
     """From entering on, these signals wait in a pipe; they are not lost before somebody asks.
 
     Python calls a handler between any two instructions of the main thread, also while it holds a lock; an
-    Event set there may wait for itself for ever. Here a handler does nothing, and the interpreter writes the
-    number into the pipe (signal.set_wakeup_fd).
+    Event set there may wait for itself for ever. Here a handler sets a plain attribute, and the interpreter
+    writes the number into the pipe (signal.set_wakeup_fd).
     """
 
     def __enter__(self) -> Signals:
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._stop = False
         self._before: dict[int, _Handler] = {}
         for number in _MEANING:
-            self._before[number] = signal.signal(number, _nothing)
+            self._before[number] = signal.signal(number, self._note)
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         return self
 
@@ -51,12 +52,12 @@ class Signals:
         while True:
             select.select([self._read], [], [])
             with contextlib.suppress(BlockingIOError):
-                meant = {
-                    _MEANING[number] for number in os.read(self._read, 64) if number in _MEANING
-                }
-                if meant:
-                    return "stop" if "stop" in meant else "reload"
+                meant = {_MEANING.get(number) for number in os.read(self._read, 64)}
+                if self._stop:
+                    return "stop"
+                if "reload" in meant:
+                    return "reload"
 
-
-def _nothing(_number: int, _frame: FrameType | None) -> None:
-    """It only keeps the default, which would end the process, from happening."""
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if _MEANING[number] == "stop":
+            self._stop = True  # not lost even where a storm of others has filled the pipe
