@@ -108,6 +108,7 @@ class PahoTransport:
         self._refusal = ""
         self._backoff = Backoff(first_s=_FIRST_RECONNECT_S, longest_s=_LONGEST_RECONNECT_S)
         self._problem = ""
+        self._refused = False
         self._client = FastClient(
             self._on_message,
             CallbackAPIVersion.VERSION2,
@@ -278,6 +279,7 @@ class PahoTransport:
             if refusal != self._problem:  # once: it may say so every few seconds for a week
                 log.warning("no connection to the broker at %s: %s", self._address, refusal)
             self._refusal = self._problem = refusal
+            self._refused = True
             self._answered.set()
             return
         self._connected_at = time.monotonic()
@@ -325,6 +327,10 @@ class PahoTransport:
             self._problem = f"it ended the connection ({reason})"
         else:
             self._come_back_later()
+            if not self._refused:
+                # With TLS 1.3 a client learns so, and no sooner, that its certificate is not taken.
+                self._problem = f"it hangs up before it has accepted this client ({reason})"
+        self._refused = False
         if reason.value == SESSION_TAKEN_OVER:
             wait_s = self._takeovers.told(lasted_s)
             self._stay_away(wait_s)
