@@ -25,6 +25,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.10 --package edge_teacher
 	$(BIN)/lint-imports
 
 # torch first, by its exact version: PyPI's build for Linux brings gigabytes of CUDA. The CPU build is

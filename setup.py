@@ -11,6 +11,7 @@ EDGE = [
     "msgspec>=0.19",
     "numpy>=1.26",
     "paho-mqtt>=2.1,<2.3",
+    "tomli>=2; python_version < '3.11'",
 ]
 # On a Jetson the runtime may come from JetPack instead, so it is not part of the base requirements.
 RUNTIME = ["onnxruntime>=1.18"]
@@ -36,11 +37,13 @@ BENCHMARKS = ["grpcio>=1.60", "matplotlib>=3.8"]
 TEST = [
     "hypothesis>=6.100",
     "import-linter>=2.1",
+    "prometheus-client>=0.21",
     "mypy>=1.14",
     "pytest>=8.2",
     "pytest-timeout>=2.3",
     "pyyaml>=6",
     "ruff>=0.9",
+    "tomli>=2",
     "types-pyyaml>=6",
 ]
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from edge_teacher import bundle as bundles
-from edge_teacher.agent.telemetry import rss_bytes
 from edge_teacher.bundle import TeacherCard
 from edge_teacher.keys import read_public
+from edge_teacher.memory import resident_bytes
 from edge_teacher.runtime import OnnxRuntimeSession
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -59,7 +59,7 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         images, seconds, cpu = bare.images(asked["batch"], asked["seconds"])
-        told = {"images": images, "seconds": seconds, "cpu_s": cpu, "rss_bytes": rss_bytes()}
+        told = {"images": images, "seconds": seconds, "cpu_s": cpu, "rss_bytes": resident_bytes()}
         sys.stdout.write(json.dumps(told) + "\n")
         sys.stdout.flush()
 

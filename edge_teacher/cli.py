@@ -6,24 +6,18 @@ Exit codes: 0 done; 1 a check failed, or the broker or a file let it down; 2 wro
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import signal
 import sys
-import threading
 from pathlib import Path
 
 import msgspec
 
 from edge_teacher import __version__
 from edge_teacher import bundle as bundles
-from edge_teacher.agent.service import AgentConfig, serve
+from edge_teacher.agent import daemon, settings
 from edge_teacher.bundle import TeacherCard
 from edge_teacher.contract.errors import FedsaError
-from edge_teacher.contract.topics import check_name
-from edge_teacher.files import locked
 from edge_teacher.keys import read_public
-from edge_teacher.rpc.address import parse_broker
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,37 +27,13 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"edge-teacher {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
 
-    run = commands.add_parser("run", help="answer queries until SIGTERM or SIGINT")
-    run.add_argument("--device", required=True, help="this device's id (its certificate's CN)")
-    run.add_argument("--broker", required=True, help="mqtt://HOST:PORT or mqtts://HOST:PORT")
-    run.add_argument("--ca", type=Path, help="certificate authority of the broker (mqtts)")
-    run.add_argument("--certificate", type=Path, help="this device's certificate (mqtts)")
-    run.add_argument("--key", type=Path, help="this device's private key (mqtts)")
-    run.add_argument("--bundle", type=Path, required=True, help="the teacher bundle (.fedsa)")
-    run.add_argument(
-        "--owner-key",
-        type=Path,
-        action="append",
-        required=True,
-        help="public key whose teachers may run here (repeatable)",
+    run = commands.add_parser(
+        "run",
+        help="answer queries until SIGTERM or SIGINT",
+        description="Answer queries until SIGTERM or SIGINT. What no flag says, --config says; SIGHUP reads "
+        "it again.",
     )
-    run.add_argument(
-        "--coordinator-key",
-        type=Path,
-        action="append",
-        default=[],
-        help="public key whose students may be installed here (repeatable; none: no students)",
-    )
-    run.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        metavar="COORDINATOR",
-        help="coordinator that is answered (repeatable; none given: any). Who asks says who it is: only "
-        "the broker's access rules can vouch for that",
-    )
-    run.add_argument("--state", type=Path, required=True, help="folder for students")
-    run.add_argument("--threads", type=_cores, default=1, help="cores for inference (default 1)")
+    _add_run_flags(run)
 
     info = commands.add_parser("info", help="verify a bundle and print its card as JSON")
     info.add_argument("bundle", type=Path)
@@ -71,17 +41,63 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _add_run_flags(run: argparse.ArgumentParser) -> None:
+    run.add_argument("--config", type=Path, metavar="FILE", help="settings (TOML): docs/agent.md")
+    run.add_argument("--device", help="this device's id (its certificate's CN)")
+    run.add_argument("--broker", help="mqtt://HOST:PORT or mqtts://HOST:PORT")
+    run.add_argument("--ca", help="certificate authority of the broker (mqtts)")
+    run.add_argument("--certificate", help="this device's certificate (mqtts)")
+    run.add_argument("--key", help="this device's private key (mqtts)")
+    run.add_argument("--bundle", help="the teacher bundle (.fedsa)")
+    run.add_argument(
+        "--owner-key",
+        dest="owner_keys",
+        action="append",
+        metavar="FILE",
+        help="public key whose teachers may run here (repeatable)",
+    )
+    run.add_argument(
+        "--coordinator-key",
+        dest="coordinator_keys",
+        action="append",
+        metavar="FILE",
+        help="public key whose students may be installed here (repeatable; none: no students)",
+    )
+    run.add_argument(
+        "--allow",
+        action="append",
+        metavar="COORDINATOR",
+        help="coordinator that is answered (repeatable; none given: any). Who asks says who it is: only "
+        "the broker's access rules can vouch for that",
+    )
+    run.add_argument("--state", help="folder for students")
+    run.add_argument("--threads", type=_cores, help="cores for inference (default 1)")
+    run.add_argument("--log", choices=["text", "json"], help="form of the log (default text)")
+    run.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
+    run.add_argument(
+        "--metrics-port",
+        type=_port,
+        metavar="PORT",
+        help="serve Prometheus metrics on 127.0.0.1 (default: none)",
+    )
+
+
 def _cores(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 1024:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of cores from 1 to 1024")
+    return _number(text, "number of cores", 1024)
+
+
+def _port(text: str) -> int:
+    return _number(text, "port", 65535)
+
+
+def _number(text: str, what: str, most: int) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is no {what} from 1 to {most}")
     return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-    )
     try:
         return {"run": _run, "info": _info}[options.command](options)
     except FedsaError as error:
@@ -90,24 +106,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    config = AgentConfig(
-        device=check_name(options.device),
-        bundle=options.bundle,
-        owners=[read_public(path) for path in options.owner_key],
-        coordinator_keys=[read_public(path) for path in options.coordinator_key],
-        state=options.state,
-        allowed=frozenset(check_name(name) for name in options.allow),
-        threads=options.threads,
-    )
-    address = parse_broker(
-        options.broker, ca=options.ca, certificate=options.certificate, key=options.key
-    )
-    with locked(config.state, "agent"):
-        serve(config, address, stop)
-    return 0
+    named = {field.name for field in msgspec.structs.fields(settings.File)} & vars(options).keys()
+    said = {name: value for name in named if (value := getattr(options, name)) is not None}
+    flags = msgspec.convert(said, settings.File)
+    return daemon.run(settings.source(flags, options.config))
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from edge_teacher.contract.errors import UsageError
+
+_LEFT_OVER = re.compile(r"\..+\.[a-z0-9_]{8}")
+"""What tempfile makes of the prefix that `write_atomically` gives it."""
 
 
 @contextmanager
@@ -59,6 +63,16 @@ def _write(path: Path, data: bytes, mode: int) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `write_atomically` left anywhere below `folder` when it was cut off.
+
+    Only whoever works there alone may do so (see `locked`).
+    """
+    for left in folder.rglob(".*.????????"):
+        if _LEFT_OVER.fullmatch(left.name) and left.is_file() and not left.is_symlink():
+            left.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,6 +10,8 @@ from tests.brokers import Mosquitto
 
 # One core is what a test may take; children inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As the packages do: a test may load ONNX Runtime before any of them.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -160,6 +161,29 @@ def test_the_steps_by_hand(shell: Shell) -> None:
             shell.run(kind, commands)
         assert (shell.folder / "runs" / run / "report.html").exists()
     assert all(process.poll() is None for process in shell.running)
+
+
+def test_the_steps_of_an_agent_with_a_file(shell: Shell) -> None:
+    for kind, commands in blocks(ROOT / "docs" / "agent.md"):
+        shell.run(kind, commands.replace("9464", str(shell.port + 1)))
+    log = max(shell.folder.glob("*.log"), key=lambda path: int(path.stem)).read_text()
+    assert "bench-1" in log
+    assert "fedsa_connected{" in log
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "agent.md").read_text()
+    (unit,) = re.findall(r"^```ini\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert "/opt/fedsa/bin/edge-teacher" in unit
+    installed = str(Path(sys.executable).parent / "edge-teacher")
+    path = tmp_path / "edge-teacher.service"
+    path.write_text(unit.replace("/opt/fedsa/bin/edge-teacher", installed))
+    # An unknown key is only a warning to it, and the exit code 0.
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(path)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.timeout(600)

@@ -74,6 +74,10 @@ class Answers:
         self._card_changed = card_changed
         self._max_answer_bytes = max_answer_bytes
 
+    def limit(self, max_answer_bytes: int) -> None:
+        """Another bound, from the next question on."""
+        self._max_answer_bytes = max_answer_bytes
+
     def methods(self) -> dict[str, Method[Any] | Joint[Any]]:
         return {
             "describe": Method(Empty, self.describe),

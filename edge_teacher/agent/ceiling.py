@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
 
-from edge_teacher.agent.telemetry import rss_bytes
+from edge_teacher import memory
 from edge_teacher.contract.errors import Busy, TooLarge, UsageError
 from edge_teacher.contract.limits import MIB
 
@@ -33,47 +33,10 @@ def default_ceiling_bytes(root: Path = Path("/")) -> int:
 
     `root`: where /proc and /sys are looked for. A tenth is left alone.
     """
-    limits = [*_cgroup_limits(root), _meminfo(root, "MemTotal") or 0]
-    known = [limit for limit in limits if limit > 0]
+    proc = root / "proc"
+    limits = (memory.limit_bytes(proc, root / "sys/fs/cgroup"), memory.total_bytes(proc))
+    known = [limit for limit in limits if limit]
     return int(min(known, default=1024 * MIB) * (1 - SPARE))
-
-
-def _cgroup_limits(root: Path) -> list[int]:
-    """Of version 1 and 2, of this process's group and all above it (cgroups(7))."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    base = root / "sys/fs/cgroup"
-    found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            places = [(base, "memory.max"), (base, "memory.high"), (base / "unified", "memory.max")]
-        elif "memory" in controllers.split(","):
-            places = [(base / "memory", "memory.limit_in_bytes")]
-        else:
-            continue
-        for mount, name in places:
-            group = mount / path.lstrip("/")
-            while True:
-                with contextlib.suppress(OSError, ValueError):
-                    limit = int((group / name).read_text())  # "max" is none
-                    # Version 1 says "no limit" as the largest number of pages.
-                    if limit < 1 << 60:
-                        found.append(limit)
-                if group in (mount, group.parent):
-                    break
-                group = group.parent
-    return found
-
-
-def _meminfo(root: Path, field: str) -> int | None:
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in (root / "proc/meminfo").read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    return None
 
 
 class MemoryCeiling:
@@ -83,8 +46,8 @@ class MemoryCeiling:
         self,
         ceiling_bytes: int,
         *,
-        resident: Callable[[], int] = rss_bytes,
-        available: Callable[[], int | None] = lambda: _meminfo(Path("/"), "MemAvailable"),
+        resident: Callable[[], int] = memory.resident_bytes,
+        available: Callable[[], int | None] = memory.available_bytes,
         trim: Callable[[], None] | None = None,
     ) -> None:
         """`resident`, `available`: bytes this process has, and the machine could still give.
@@ -92,15 +55,9 @@ class MemoryCeiling:
         Made when everything that stays is loaded: the rest is for questions. Raises UsageError if that
         is nothing.
         """
-        self.ceiling_bytes = ceiling_bytes
         self._resident = resident
-        self._for_questions = ceiling_bytes - resident()
-        if self._for_questions < _LEAST_BYTES:
-            raise UsageError(
-                f"the memory ceiling of {ceiling_bytes:,} bytes leaves {self._for_questions:,} for "
-                f"questions beside what the teacher takes; at least {_LEAST_BYTES:,} are needed: raise it, "
-                "or the limit of this process's control group"
-            )
+        self._stays = resident()
+        self.limit(ceiling_bytes)
         self._available = available
         self._trim = trim or _give_back
         self._reserved = 0
@@ -111,6 +68,22 @@ class MemoryCeiling:
         self._steps: dict[Hashable, _StepCost] = {}
         self._runtime_bytes = 0
         """What steps have made this process grow by: it is not given back."""
+
+    def for_questions(self, ceiling_bytes: int) -> int:
+        """What such a ceiling would leave beside what stays. Raises UsageError if that is nothing."""
+        left = ceiling_bytes - self._stays
+        if left < _LEAST_BYTES:
+            raise UsageError(
+                f"the memory ceiling of {ceiling_bytes:,} bytes leaves {left:,} for "
+                f"questions beside what the teacher takes; at least {_LEAST_BYTES:,} are needed: raise it, "
+                "or the limit of this process's control group"
+            )
+        return left
+
+    def limit(self, ceiling_bytes: int) -> None:
+        """Another ceiling, for what is asked from now on. Raises as `for_questions`."""
+        self._for_questions = self.for_questions(ceiling_bytes)
+        self.ceiling_bytes = ceiling_bytes
 
     @property
     def reserved_bytes(self) -> int:

@@ -46,6 +46,12 @@ class ImageStore:
         with self._lock:
             return sum(len(block.pixels) for block in self._blocks.values() if block.whole)
 
+    def limit(self, limits: Limits) -> None:
+        """Other limits, from now on: the least recently used blocks beyond them are let go."""
+        with self._lock:
+            self._limits = limits
+            self._make_room(0)
+
     def put(self, request: PutImages, data: NDArray[np.generic]) -> Received:
         """Take the piece that continues a block; any other is ignored and the answer says where to go on.
 
@@ -95,10 +101,7 @@ class ImageStore:
 
     def _new(self, request: PutImages) -> _Block:
         size = self._size(request)
-        held = sum(block.pixels.nbytes for block in self._blocks.values())
-        while self._blocks and held + size > self._limits.image_store_bytes:
-            _, oldest = self._blocks.popitem(last=False)
-            held -= oldest.pixels.nbytes
+        self._make_room(size)
         # A whole block may be sent again; one that is still coming has somebody waiting for its rest.
         while not self._has_room(size):
             whole = next((key for key, block in self._blocks.items() if block.whole), None)
@@ -111,3 +114,9 @@ class ImageStore:
         block = _Block(check_images(np.zeros(request.shape, np.uint8)))
         self._blocks[request.block] = block
         return block
+
+    def _make_room(self, size: int) -> None:
+        held = sum(block.pixels.nbytes for block in self._blocks.values())
+        while self._blocks and held + size > self._limits.image_store_bytes:
+            _, oldest = self._blocks.popitem(last=False)
+            held -= oldest.pixels.nbytes

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -18,15 +17,14 @@ from edge_teacher import __version__
 from edge_teacher import bundle as bundles
 from edge_teacher.agent.answers import ENCODINGS
 from edge_teacher.agent.serving import Serving
-from edge_teacher.agent.telemetry import rss_bytes, temperature_c
+from edge_teacher.agent.telemetry import Machines
 from edge_teacher.bundle import TeacherCard
 from edge_teacher.contract import PROTOCOL, frame, topics
-from edge_teacher.contract.errors import CheckFailed, UsageError
+from edge_teacher.contract.errors import CheckFailed, RpcError, UsageError
 from edge_teacher.contract.limits import Limits
-from edge_teacher.contract.messages import Card, State, Telemetry
-from edge_teacher.rpc.address import BrokerAddress
-from edge_teacher.rpc.pair import connect_pair
-from edge_teacher.rpc.serve import Server
+from edge_teacher.contract.messages import AnswerTimes, Card, State, Telemetry
+from edge_teacher.rpc.latency import Latency
+from edge_teacher.rpc.serve import Counters, Server
 from edge_teacher.rpc.transport import Message, Transport
 from edge_teacher.runtime import OnnxRuntimeSession, Session
 from edge_teacher.slots import Students
@@ -59,7 +57,9 @@ class AgentConfig:
     """The most this process may have resident; None: nine tenths of what the machine or its control group
     allows."""
     sysfs: Path = Path("/sys")
-    """Where throttling is seen."""
+    """Where temperatures, power and throttling are seen."""
+    tegrastats: str = "tegrastats"
+    """The command asked for what /sys does not tell."""
 
 
 class Agent:
@@ -67,7 +67,6 @@ class Agent:
 
     def __init__(self, config: AgentConfig) -> None:
         self.config = config
-        self._since = time.time()
         self._began = time.monotonic()
         self._session_id = secrets.token_hex(8)
         bundle = bundles.read(config.bundle, config.owners)
@@ -77,12 +76,15 @@ class Agent:
         self._bundle_digest = bundle.digest
         self._session = self._load(bundle.file(bundle.card.graph), bundle.card.graph)
         self._check_outputs()
+        self._machines = Machines(
+            sysfs=config.sysfs, tegrastats=config.tegrastats, interval_s=config.telemetry_s
+        )
         self._serving = Serving(
             self.teacher,
             self._session,
             config.limits,
+            self._machines.throttling,
             memory_bytes=config.memory_bytes,
-            sysfs=config.sysfs,
         )
         self._students = Students(
             _writable(config.state / "students"),
@@ -91,9 +93,14 @@ class Agent:
             dialects=CPU_DIALECTS,
             max_bundle_bytes=self._serving.limits.max_bundle_bytes,
         )
+        self._methods, self._engine = self._serving.begin(
+            self._students, self.card, self._announce_card
+        )
         self._transport: Transport | None = None
         self._bulk: Transport | None = None
         self._server: Server | None = None
+        self._lock = threading.Lock()
+        """Of start, stop and reconfigure: they come from different threads."""
         self._waits_for_bulk = False
         self._stopped = threading.Event()
         self._telemetry_thread = threading.Thread(
@@ -111,6 +118,39 @@ class Agent:
             encodings=ENCODINGS,
         )
 
+    def telemetry(self) -> Telemetry:
+        """How the device is at this moment."""
+        server, machine = self._server, self._machines.read()
+        counters = Counters() if server is None else server.counters
+        times = {} if server is None else server.latencies.told()
+        throttling = machine.throttling
+        return Telemetry(
+            uptime_s=round(time.monotonic() - self._began, 1),
+            rss_bytes=machine.rss_bytes,
+            load_1min=machine.load_1min,
+            temperature_c=machine.temperature_c,
+            queued=0 if server is None else server.queued,
+            answered=counters.answered,
+            refused=counters.refused,
+            failed=counters.failed,
+            images_held=len(self._serving.images),
+            temperatures_c=machine.temperatures_c,
+            power_w=machine.power_w,
+            gpu_load=machine.gpu_load,
+            memory_available_bytes=machine.memory_available_bytes,
+            memory_limit_bytes=machine.memory_limit_bytes,
+            throttled=None if throttling is None else throttling.throttled,
+            throttling="" if throttling is None else throttling.reason,
+            answer_times={method: _told(latency) for method, latency in times.items()},
+            runtime=self._session.info,
+            unavailable=machine.unavailable,
+        )
+
+    @property
+    def answered(self) -> int:
+        """Requests answered since the start."""
+        return 0 if self._server is None else self._server.counters.answered
+
     def will(self) -> Message:
         """What the broker says when this process dies."""
         return self._state(online=False)
@@ -118,34 +158,85 @@ class Agent:
     def start(self, transport: Transport, bulk: Transport | None = None) -> None:
         """Answer on `transport`, then announce the card and the birth, now and after each reconnect.
 
-        `bulk`: a second connection for data; none: the same one.
+        `bulk`: a second connection for data; none: the same one. Raises Unreachable if the broker does not
+        let it hear questions: then it may be started again, on other connections.
         """
-        methods, engine = self._serving.begin(self._students, self.card, self._announce_card)
-        self._transport = transport
-        self._bulk = bulk
-        self._server = Server(
-            transport,
-            self.config.device,
-            methods,
-            limits=self._serving.limits,
-            allowed=self.config.allowed,
-            engine=engine,
-            bulk=bulk,
-        )
-        self._server.start()
+        with self._lock:
+            if self._stopped.is_set():
+                return
+            server = Server(
+                transport,
+                self.config.device,
+                self._methods,
+                limits=self._serving.limits,
+                allowed=self.config.allowed,
+                engine=self._engine,
+                bulk=bulk,
+            )
+            self._transport = transport
+            self._bulk = bulk
+            try:
+                server.start()
+            except RpcError:
+                server.drain()
+                self._transport = self._bulk = None
+                raise
+            self._server = server
+            self._machines.start()
+            self._telemetry_thread.start()
         transport.on_connect(self._connected)
         if bulk is not None and bulk is not transport:
             bulk.on_connect(self._bulk_connected)
-        self._telemetry_thread.start()
+
+    def check_limits(self, config: AgentConfig) -> None:
+        """Raises UsageError for a memory ceiling that leaves nothing beside the teacher."""
+        self._serving.ceiling(config.memory_bytes)
+
+    def reconfigure(self, config: AgentConfig) -> None:
+        """Take from `config` what can change while it runs: coordinators, their keys, limits, the period.
+
+        The rest is as it was. Whoever watches learns of other limits from the card. Raises what
+        `check_limits` does; then nothing has changed.
+        """
+        with self._lock:
+            before = self._serving.limits
+            self._serving.limit(config.limits, config.memory_bytes)
+            limits = self._serving.limits
+            self.config = replace(
+                self.config,
+                allowed=config.allowed,
+                coordinator_keys=config.coordinator_keys,
+                limits=config.limits,
+                memory_bytes=config.memory_bytes,
+                telemetry_s=config.telemetry_s,
+            )
+            self._students.reconfigure(config.coordinator_keys, limits.max_bundle_bytes)
+            if self._server is not None:
+                self._server.reconfigure(limits, config.allowed)
+        if limits != before:
+            self._announce_card()
+
+    def stuck(self, longest_s: float) -> str:
+        """What makes no progress any more, as a sentence; empty where all is well. See Server.stuck."""
+        with self._lock:
+            server = self._server
+        if server is None or self._stopped.is_set():
+            return ""
+        if not self._telemetry_thread.is_alive():
+            return "the telemetry's thread has ended"
+        return server.stuck(longest_s)
 
     def stop(self) -> None:
         """503 to what waits, finish what is computed, say goodbye, disconnect. Again: nothing more."""
         if self._stopped.is_set():
             return
         self._stopped.set()
-        if self._server is not None:
-            self._server.drain()
+        with self._lock:  # a start that is under way ends first
+            server = self._server
+        if server is not None:
+            server.drain()
             self._telemetry_thread.join()
+            self._machines.stop()
         if self._bulk is not None and self._bulk is not self._transport:
             self._bulk.close()
         if self._transport is not None:
@@ -174,7 +265,8 @@ class Agent:
             session=self._session_id,
             software=f"edge-teacher {__version__}",
             protocol=PROTOCOL,
-            since_unix_s=self._since,
+            # Told anew each time: a device often starts before it knows what time it is.
+            since_unix_s=time.time() - (time.monotonic() - self._began),
         )
         topic = topics.state(self.config.device)
         return Message(topic=topic, payload=frame.encode(state), retain=True)
@@ -214,20 +306,10 @@ class Agent:
 
     def _telemetry(self) -> None:
         while not self._stopped.wait(self.config.telemetry_s):
-            assert self._server is not None
-            counters = self._server.counters
-            telemetry = Telemetry(
-                uptime_s=round(time.monotonic() - self._began, 1),
-                rss_bytes=rss_bytes(),
-                load_1min=os.getloadavg()[0],
-                temperature_c=temperature_c(),
-                queued=self._server.queued,
-                answered=counters.answered,
-                refused=counters.refused,
-                failed=counters.failed,
-                images_held=len(self._serving.images),
-            )
-            self._publish(topics.telemetry(self.config.device), telemetry, qos=0, retain=False)
+            # Without a connection it would only be old news with the next.
+            if self._transport is not None and self._transport.connected:
+                topic = topics.telemetry(self.config.device)
+                self._publish(topic, self.telemetry(), qos=0, retain=False)
 
 
 def _writable(folder: Path) -> Path:
@@ -242,12 +324,11 @@ def _writable(folder: Path) -> Path:
         ) from error
 
 
-def serve(config: AgentConfig, address: BrokerAddress, stop: threading.Event) -> None:
-    """Run an agent over MQTT until `stop` is set."""
-    agent = Agent(config)
-    pair = connect_pair(address, config.device, will=agent.will())
-    agent.start(pair.control, pair.bulk)
-    try:
-        stop.wait()
-    finally:
-        agent.stop()
+def _told(latency: Latency) -> AnswerTimes:
+    p50, p99 = latency.p50_ms, latency.p99_ms
+    return AnswerTimes(
+        count=latency.count,
+        total_s=round(latency.total_s, 6),
+        p50_ms=None if p50 is None else round(p50, 3),
+        p99_ms=None if p99 is None else round(p99, 3),
+    )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from edge_teacher.agent.answers import Answers
 from edge_teacher.agent.batching import Batcher, Probe
 from edge_teacher.agent.ceiling import MemoryCeiling, default_ceiling_bytes
 from edge_teacher.agent.image_store import ImageStore
-from edge_teacher.agent.telemetry import rss_bytes
 from edge_teacher.agent.throttling import Throttling
 from edge_teacher.contract.limits import Limits
 from edge_teacher.contract.messages import Card, TeacherInfo
@@ -28,28 +26,45 @@ class Serving:
         teacher: TeacherInfo,
         session: Session,
         limits: Limits,
+        throttling: Throttling,
         *,
         memory_bytes: int | None = None,
-        sysfs: Path = Path("/sys"),
     ) -> None:
         """`memory_bytes`: the ceiling of this process; None: nine tenths of what it may have.
 
         Raises UsageError for a ceiling that leaves nothing beside the teacher.
         """
-        ceiling = default_ceiling_bytes() if memory_bytes is None else memory_bytes
-        self.memory = MemoryCeiling(ceiling)
-        self.throttling = Throttling(sysfs)
-        self.limits = limits.within(ceiling - rss_bytes())
+        self.memory = MemoryCeiling(_ceiling(memory_bytes))
+        self.throttling = throttling
+        self.limits = limits.within(self.memory.for_questions(self.memory.ceiling_bytes))
         """As the card announces them: what the memory cannot hold is not promised."""
         self.images = ImageStore(self.limits, self.memory.has_room)
         self._teacher = teacher
         self._session = session
+        self._answers: Answers | None = None
+
+    def ceiling(self, memory_bytes: int | None) -> int:
+        """What the ceiling would be. Raises UsageError as at the start."""
+        ceiling = _ceiling(memory_bytes)
+        self.memory.for_questions(ceiling)
+        return ceiling
+
+    def limit(self, limits: Limits, memory_bytes: int | None) -> None:
+        """Other limits, and another ceiling, from the next question on.
+
+        Raises UsageError as at the start; then nothing has changed.
+        """
+        self.memory.limit(self.ceiling(memory_bytes))
+        self.limits = limits.within(self.memory.for_questions(self.memory.ceiling_bytes))
+        self.images.limit(self.limits)
+        if self._answers is not None:
+            self._answers.limit(self.limits.max_answer_bytes)
 
     def begin(
         self, students: Students, card: Callable[[], Card], card_changed: Callable[[], None]
     ) -> tuple[Mapping[str, Method[Any] | Joint[Any]], Batcher]:
         """What a `Server` needs: its methods, and the engine of those that are joint."""
-        answers = Answers(
+        answers = self._answers = Answers(
             self._teacher,
             self._session,
             self.images,
@@ -64,3 +79,7 @@ class Serving:
             for outputs in (("saliency", features), (features,), ("saliency",))
         ]
         return answers.methods(), Batcher(answers, self.memory, self.throttling, probes=probes)
+
+
+def _ceiling(memory_bytes: int | None) -> int:
+    return default_ceiling_bytes() if memory_bytes is None else memory_bytes

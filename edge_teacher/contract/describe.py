@@ -152,6 +152,8 @@ def _default(field: msgspec.structs.FieldInfo) -> str:
         return "required"
     value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
     plain = {(): "[]", "": '""', None: "nil", True: "true", False: "false"}
+    if value == {}:
+        return "{}"
     if isinstance(value, tuple) and value:
         return "[" + ", ".join(f'"{item}"' for item in value) + "]"
     if isinstance(value, str) and value:

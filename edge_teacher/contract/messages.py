@@ -101,6 +101,19 @@ class Card(Wire, frozen=True):
     """What its answers can travel as: dtypes, and `zstd` for tensors packed besides. Since 1.1."""
 
 
+class AnswerTimes(Wire, frozen=True):
+    """How long one method's answers took, from the arrival of the request. Since 1.3."""
+
+    count: int
+    """Since the agent's start."""
+    total_s: float
+    """Of all of them together."""
+    p50_ms: float | None = None
+    """Of the last five to ten minutes; nil if nothing was answered in them."""
+    p99_ms: float | None = None
+    """As the median."""
+
+
 class Telemetry(Wire, frozen=True):
     """How a device is. QoS 0 on `<device>/telemetry`."""
 
@@ -108,11 +121,32 @@ class Telemetry(Wire, frozen=True):
     rss_bytes: int
     load_1min: float
     temperature_c: float | None = None
+    """Of the hottest zone."""
     queued: int = 0
     answered: int = 0
     refused: int = 0
     failed: int = 0
     images_held: int = 0
+    temperatures_c: dict[str, float] = {}
+    """By thermal zone, `-thermal` left out. Since 1.3."""
+    power_w: dict[str, float] = {}
+    """By rail, as the board names them. Since 1.3."""
+    gpu_load: float | None = None
+    """0 to 1. Since 1.3."""
+    memory_available_bytes: int | None = None
+    """What the kernel could still give (MemAvailable). Since 1.3."""
+    memory_limit_bytes: int | None = None
+    """Of the control group the agent runs in; nil without a limit. Since 1.3."""
+    throttled: bool | None = None
+    """Whether heat or the supply slows the device down now; nil where nothing tells. Since 1.3."""
+    throttling: str = ""
+    """By what. Since 1.3."""
+    answer_times: dict[str, AnswerTimes] = {}
+    """By method. Since 1.3."""
+    runtime: RuntimeInfo | None = None
+    """What executes the teacher now. Since 1.3."""
+    unavailable: dict[str, str] = {}
+    """What this device does not tell, and why. Since 1.3."""
 
 
 # ── questions about images ───────────────────────────────────────────────────────────────────

@@ -57,6 +57,13 @@ class AnswerCache:
         """Of all answers held; at most the cache's limit and what is on its way besides."""
         return self._bytes
 
+    def limit(self, limits: Limits) -> None:
+        """Other limits, from now on: what is held beyond them is let go."""
+        with self._changed:
+            self._limits = limits
+            self._expire()
+            self._changed.notify_all()
+
     def get(self, key: Key) -> Answered | None:
         with self._changed:
             self._expire()

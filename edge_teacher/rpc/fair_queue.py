@@ -54,6 +54,12 @@ class FairQueue:
     def __len__(self) -> int:
         return self._count
 
+    def limit(self, most: int, most_per_asker: int) -> None:
+        """Other bounds, for what comes from now on."""
+        with self._changed:
+            self._most = most
+            self._most_per_asker = most_per_asker
+
     def put(self, job: Job) -> str:
         """Take `job` in: "" if there was a place for it, else why there is none."""
         with self._changed:

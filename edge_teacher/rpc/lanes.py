@@ -15,6 +15,7 @@ from edge_teacher.contract.errors import Expired, Malformed, RpcError
 from edge_teacher.contract.limits import Limits
 from edge_teacher.rpc.fair_queue import FairQueue, Job
 from edge_teacher.rpc.line import Asked
+from edge_teacher.rpc.progress import Progress
 
 _RETRY_AFTER_S = (0.05, 30.0)
 _UNKNOWN_SERVICE_S = 1.0
@@ -31,6 +32,10 @@ class Lane:
         self._threads = max(1, threads)
         self._last_end = 0.0
         self._lock = threading.Lock()
+
+    def limit(self, limits: Limits) -> None:
+        """Other limits, for what comes from now on."""
+        self.jobs.limit(limits.max_queued_requests, limits.max_queued_per_coordinator)
 
     def took(self, seconds: float) -> None:
         before = self.service_s
@@ -65,11 +70,16 @@ class JointLine:
     """Implements `Line`."""
 
     def __init__(
-        self, lane: Lane, ends: Ends, together: Callable[[], AbstractContextManager[None]]
+        self,
+        lane: Lane,
+        ends: Ends,
+        together: Callable[[], AbstractContextManager[None]],
+        progress: Progress,
     ) -> None:
         self._lane = lane
         self._ends = ends
         self._together = together
+        self._progress = progress
 
     @property
     def closed(self) -> bool:
@@ -78,7 +88,14 @@ class JointLine:
     def together(self) -> AbstractContextManager[None]:
         return self._together()
 
+    def at(self, work: str) -> None:
+        if work:
+            self._progress.begins(work)
+        else:
+            self._progress.waits_for_another()
+
     def take(self, timeout_s: float, without: Container[str] = ()) -> Asked | None:
+        self._progress.waits()
         while (job := self._lane.jobs.take(timeout_s, without)) is not None:
             try:
                 require_in_time(job)

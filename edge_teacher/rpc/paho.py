@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import socket
+import sys
 import threading
 import time
 from collections import deque
@@ -23,6 +23,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from edge_teacher.contract.errors import TooLarge, Unreachable
 from edge_teacher.contract.limits import CHUNK_BYTES, KIB, MAX_PACKET_BYTES, UPLOAD_BYTES
 from edge_teacher.rpc.address import BrokerAddress
+from edge_teacher.rpc.backoff import Backoff
 from edge_teacher.rpc.paho_client import FastClient, PackedProperties
 from edge_teacher.rpc.socket_buffers import SocketBuffers
 from edge_teacher.rpc.takeover import HUNG_UP, SESSION_TAKEN_OVER, Takeovers
@@ -33,7 +34,10 @@ log = logging.getLogger(__name__)
 _RECEIVE_MAXIMUM = 64
 _SENT_UNACKNOWLEDGED = 20
 """What mosquitto takes; a broker that says less is sent less."""
-_LONGEST_RECONNECT_S = 15
+_FIRST_RECONNECT_S = 0.5
+_LONGEST_RECONNECT_S = 15.0
+_MOST_WAITING = 1000
+"""Messages that wait for a connection. Beyond, a new one is dropped: what matters is asked for again."""
 _MOST_CHUNKS_UNACKNOWLEDGED = 10
 _LARGEST_PACKET = UPLOAD_BYTES + 16 * KIB
 """An upload's piece, or an answer that is not cut yet, and what stands around it."""
@@ -69,7 +73,10 @@ class _Grant:
 
 
 class PahoTransport:
-    """A Transport to a real broker. Reconnects for ever, at first at once, then up to 15 s apart."""
+    """A Transport to a real broker. Reconnects for ever, at first at once, then up to 15 s apart.
+
+    However long the broker is away, what waits for it is bounded, and so are the threads: one.
+    """
 
     def __init__(
         self,
@@ -100,6 +107,9 @@ class PahoTransport:
         self._last_published: MQTTMessageInfo | None = None
         self._lock = threading.Lock()
         self._refusal = ""
+        self._backoff = Backoff(first_s=_FIRST_RECONNECT_S, longest_s=_LONGEST_RECONNECT_S)
+        self._problem = ""
+        self._refused = False
         self._client = FastClient(
             self._on_message,
             CallbackAPIVersion.VERSION2,
@@ -108,13 +118,16 @@ class PahoTransport:
         )
         self._client.on_connect = self._on_connect
         self._client.on_disconnect = self._on_disconnect
+        self._client.on_connect_fail = self._on_connect_fail
         self._client.on_subscribe = self._on_subscribe
         self._client.on_publish = self._on_publish
         self._client.on_socket_open = self._on_socket_open
         self._client.max_inflight_messages_set(_SENT_UNACKNOWLEDGED)
-        self._come_back_soon()
-        if (context := address.ssl_context()) is not None:
-            self._client.tls_set_context(context)
+        self._client.max_queued_messages_set(_MOST_WAITING)
+        self._come_back_later()
+        self._context = address.ssl_context()
+        if self._context is not None:
+            self._client.tls_set_context(self._context)
         if will is not None:
             self._client.will_set(
                 will.topic,
@@ -174,6 +187,32 @@ class PahoTransport:
     @property
     def connected(self) -> bool:
         return self._connected.is_set()
+
+    @property
+    def problem(self) -> str:
+        """Why there is no connection, in the words of whoever refused it; empty while there is one."""
+        return "" if self._connected.is_set() else self._problem
+
+    @property
+    def turned_at(self) -> float:
+        """When this connection's thread last came round, on the monotonic clock; it does each second while
+        connected, and between two tries to connect otherwise."""
+        return self._client.turned_at
+
+    @property
+    def thread_alive(self) -> bool:
+        return self._client.thread_alive
+
+    def renew_certificates(self) -> None:
+        """Read the TLS files again: the next connection shows them. Raises UsageError if they are unusable,
+        and then keeps what there was."""
+        if self._context is None:
+            return
+        self._address.ssl_context()  # all of them are usable, before any is taken
+        if self._address.certificate is not None:
+            self._context.load_cert_chain(self._address.certificate, self._address.key, password="")
+        if self._address.ca is not None:
+            self._context.load_verify_locations(cafile=str(self._address.ca))
 
     @property
     def unreadable(self) -> int:
@@ -243,12 +282,15 @@ class PahoTransport:
             # Its answer to a larger one is DISCONNECT, and paho would send it again for ever.
             refusal = f"its packets end at {most} bytes, and {_LARGEST_PACKET} are needed: raise its limit"
         if refusal:
-            self._refusal = refusal
+            if refusal != self._problem:  # once: it may say so every few seconds for a week
+                log.warning("no connection to the broker at %s: %s", self._address, refusal)
+            self._refusal = self._problem = refusal
+            self._refused = True
             self._answered.set()
-            log.warning("no connection to the broker at %s: %s", self._address, refusal)
             return
         self._connected_at = time.monotonic()
-        self._come_back_soon()
+        self._backoff.reset()
+        self._come_back_later()
         unacknowledged = min(_SENT_UNACKNOWLEDGED, getattr(said, "ReceiveMaximum", 65535))
         self._most_unacknowledged = max(1, min(_MOST_CHUNKS_UNACKNOWLEDGED, unacknowledged - 1))
         with self._lock:
@@ -272,6 +314,7 @@ class PahoTransport:
 
     def _on_disconnect(self, _c: Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
         self._client.may_write_directly = False
+        self._client.turned()
         established = self._connected.is_set()
         self._connected.clear()
         self._lost = True
@@ -286,6 +329,14 @@ class PahoTransport:
             self._answered.set()
             return
         lasted_s = time.monotonic() - self._connected_at
+        if established:
+            self._problem = f"it ended the connection ({reason})"
+        else:
+            self._come_back_later()
+            if not self._refused:
+                # With TLS 1.3 a client learns so, and no sooner, that its certificate is not taken.
+                self._problem = f"it hangs up before it has accepted this client ({reason})"
+        self._refused = False
         if reason.value == SESSION_TAKEN_OVER:
             wait_s = self._takeovers.told(lasted_s)
             self._stay_away(wait_s)
@@ -309,16 +360,22 @@ class PahoTransport:
                 self._client_id,
                 suspect_s,
             )
-        elif reason.is_failure:
+        elif reason.is_failure and established:
             log.warning("lost the broker at %s: %s; reconnecting", self._address, reason)
 
-    def _come_back_soon(self) -> None:
-        # Not all devices of a fleet in the same moment after the broker is back.
-        first_s: Any = random.uniform(0.2, 0.5)  # paho says int, and takes it
-        self._client.reconnect_delay_set(first_s, _LONGEST_RECONNECT_S)
+    def _on_connect_fail(self, _c: Client, _u: Any) -> None:
+        self._client.turned()
+        # paho calls this while it handles the error, and does not hand it over.
+        error = sys.exc_info()[1]
+        self._problem = f"it cannot be reached: {error}"
+        self._come_back_later()
+
+    def _come_back_later(self) -> None:
+        """paho doubles a wait by itself, and has no jitter: it is told each wait instead."""
+        self._stay_away(self._backoff.next_s())
 
     def _stay_away(self, wait_s: Any) -> None:
-        self._client.reconnect_delay_set(wait_s, max(_LONGEST_RECONNECT_S, wait_s))
+        self._client.reconnect_delay_set(wait_s, wait_s)  # paho says int, and takes a float
 
     def _on_subscribe(
         self, _c: Client, _u: Any, identifier: int, reasons: list[ReasonCode], _p: Any

@@ -102,6 +102,21 @@ class FastClient(Client):
         self._held = threading.local()
         self.may_write_directly = False
         """Between CONNACK and the end of a connection without TLS, whose sockets take one thread at a time."""
+        self.turned_at = time.monotonic()
+        """When the connection's thread was last seen to come round."""
+
+    @property
+    def thread_alive(self) -> bool:
+        thread = self._thread
+        return thread is not None and thread.is_alive()
+
+    def turned(self) -> None:
+        self.turned_at = time.monotonic()
+
+    def loop_misc(self) -> MQTTErrorCode:
+        """paho's thread calls it at each turn: once a second when nothing happens."""
+        self.turned()
+        return super().loop_misc()
 
     def resend_within(self, most: int) -> None:
         """After CONNACK: no more than `most` unacknowledged, whatever waits from before the connection.

@@ -29,7 +29,9 @@ from edge_teacher.contract.versions import minor_of
 from edge_teacher.rpc.answer_cache import AnswerCache, Answered
 from edge_teacher.rpc.fair_queue import Job, Key
 from edge_teacher.rpc.lanes import JointLine, Lane, late, require_in_time
+from edge_teacher.rpc.latency import Latencies
 from edge_teacher.rpc.line import Engine, Joint, Line
+from edge_teacher.rpc.progress import Progress
 from edge_teacher.rpc.replies import Replies, as_sent, problem_frame
 from edge_teacher.rpc.transport import Message, Transport
 
@@ -92,6 +94,8 @@ class Server:
         if joint and engine is None:
             raise ValueError(f"{', '.join(joint)} need an engine")
         self.counters = Counters()
+        self.latencies = Latencies(methods)
+        self.progress = Progress()
         self._transport = transport
         self._bulk = bulk or transport
         self._device = device
@@ -112,7 +116,7 @@ class Server:
             for i in range(workers)
         ]
         if engine is not None:
-            line = JointLine(self._joint, self, transport.together)
+            line = JointLine(self._joint, self, transport.together, self.progress)
             self._threads += [
                 threading.Thread(
                     target=_serve_on, args=(engine, line), name=f"engine-{i}", daemon=True
@@ -130,6 +134,21 @@ class Server:
     @property
     def queued(self) -> int:
         return len(self._plain.jobs) + len(self._joint.jobs)
+
+    def stuck(self, longest_s: float) -> str:
+        """Which worker makes no progress, as a sentence; empty where all do. See Progress.stuck."""
+        if not self._draining and not all(thread.is_alive() for thread in self._threads):
+            return "a worker has ended"
+        return self.progress.stuck(longest_s)
+
+    def reconfigure(self, limits: Limits, allowed: frozenset[str]) -> None:
+        """Take other limits and other coordinators from the next request on."""
+        with self._lock:
+            self._limits = limits
+            self._allowed = allowed
+        for lane in (self._plain, self._joint):
+            lane.limit(limits)
+        self._answers.limit(limits)
 
     def drain(self, timeout_s: float = 10) -> None:
         """Answer 503 to what waits and to what comes; finish what is being computed."""
@@ -236,6 +255,7 @@ class Server:
     def _work(self) -> None:
         jobs = self._plain.jobs
         while True:
+            self.progress.waits()
             job = jobs.take(_IDLE_S)
             if job is None:
                 if jobs.closed:
@@ -244,6 +264,7 @@ class Server:
                 self._outbox.keep(lambda key: self._answers.get(key) is not None)
                 continue
             began = time.monotonic()
+            self.progress.begins(job.method)
             self._answer_or_refuse(job)
             self._plain.took(time.monotonic() - began)
 
@@ -294,6 +315,7 @@ class Server:
                 self._answers.finish(job.key)
                 return
         self.counters.answered += 1
+        self.latencies.add(job.method, time.monotonic() - job.arrived)
         try:
             # It is remembered: if this fails, the retry is answered from there.
             self._replies.send(job.key, done, job=job)

@@ -87,7 +87,10 @@ BAD = [
     (run_with(bundle="student.fedsa"), 1, "student.fedsa holds a student"),
     (run_with(owner_key="coordinator.pub"), 1, "not trusted here"),
     (run_with(state="garbage/state"), 2, "garbage/state cannot be used"),
-    (run_with(), 1, "no broker answers at mqtt://127.0.0.1:1"),
+    (run_with(log="xml"), 2, "invalid choice: 'xml'"),
+    (run_with(metrics_port="0"), 2, "'0' is no port"),
+    (run_with(config="nowhere.toml"), 2, "nowhere.toml cannot be read"),
+    (run_with(config="garbage"), 2, "garbage is no TOML"),
     (["info", "teacher.fedsa"], 2, "--owner-key"),
     (["info", "nowhere", "--owner-key", "owner.pub"], 2, "nowhere cannot be read"),
     (["info", "garbage", "--owner-key", "owner.pub"], 1, "damaged or no bundle"),
@@ -123,7 +126,8 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"), [(run_with(), 1), (run_with(bundle="nowhere"), 2), (["--version"], 0)]
+    ("arguments", "code"),
+    [(run_with(bundle="garbage"), 1), (run_with(bundle="nowhere"), 2), (["--version"], 0)],
 )
 def test_the_process_itself_ends_with_the_code_and_no_traceback(
     folder: Path, arguments: list[str], code: int

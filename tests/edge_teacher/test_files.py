@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edge_teacher import files
-from edge_teacher.files import write_atomically
+from edge_teacher.files import sweep, write_atomically
 
 
 def test_the_file_is_whole_and_its_folder_is_made(tmp_path: Path) -> None:
@@ -101,3 +101,22 @@ def test_a_folder_that_is_none_is_said_with_the_name_of_the_file(tmp_path: Path)
     with pytest.raises(FileExistsError) as met:
         write_atomically(tmp_path / "taken" / "file", b"new")
     assert met.value.filename == str(tmp_path / "taken" / "file")
+
+
+def test_what_a_crash_left_is_swept_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "task" / "highest"
+    write_atomically(path, b"3")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: os._exit(9))
+        if (child := os.fork()) == 0:  # killed between the writing and the renaming
+            write_atomically(path, b"4")
+        os.waitpid(child, 0)
+    ours = {path, tmp_path / ".lock", tmp_path / "task" / ".active", tmp_path / "task" / "a.part"}
+    for name in ours - {path}:
+        name.touch()
+    assert len(list(path.parent.iterdir())) == 4
+    sweep(tmp_path)
+    assert {found for found in tmp_path.rglob("*") if found.is_file()} == ours
+    assert path.read_bytes() == b"3"

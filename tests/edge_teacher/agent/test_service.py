@@ -375,6 +375,43 @@ class TestLife:
         again.agent.stop()
 
 
+class TestReconfigure:
+    def test_other_limits_reach_whatever_they_bound(
+        self, here: Running, config: AgentConfig
+    ) -> None:
+        here.put(IMAGES)
+        query = FeaturesQuery(block=BLOCK, tap="last", form="maps", dtype="f32")
+        here.call("features", query, Answered)
+        limits = Limits(max_answer_bytes=1000, max_queued_requests=3)
+        here.agent.reconfigure(replace(config, limits=limits))
+        with pytest.raises(TooLarge, match="the limit is 1000"):
+            here.call("features", query, Answered)
+        assert here.agent._server is not None
+        assert here.agent._server._joint.jobs._most == 3
+        assert here.agent._server._plain.jobs._most == 3
+        # A card is heard by whoever has none yet, too.
+        card, _ = here.call("describe", Empty(), Card)
+        assert card.limits == limits
+        assert frame.decode(here.retained("card").payload, Card)[0].limits == limits
+        here.agent.reconfigure(replace(config, limits=Limits(image_store_bytes=1)))
+        with pytest.raises(NotFound):
+            here.call("saliency", SaliencyQuery(block=BLOCK), Answered)
+
+    def test_another_ceiling_cuts_the_limits_and_one_that_leaves_nothing_changes_nothing(
+        self, here: Running, config: AgentConfig
+    ) -> None:
+        before = here.agent.card().limits
+        with pytest.raises(UsageError, match="the memory ceiling of 1 bytes leaves"):
+            here.agent.reconfigure(replace(config, memory_bytes=1, allowed=frozenset({"bob"})))
+        assert here.agent.card().limits == before
+        here.call("describe", Empty(), Card)  # ada is still answered
+        small = here.agent.telemetry().rss_bytes + (64 << 20)
+        here.agent.reconfigure(replace(config, memory_bytes=small))
+        assert here.agent.card().limits.max_answer_bytes < before.max_answer_bytes
+        here.agent.reconfigure(config)
+        assert here.agent.card().limits == before
+
+
 class TestRefusals:
     """Everything is loaded and verified before the agent says it is there."""
 

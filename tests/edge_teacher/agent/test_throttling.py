@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from edge_teacher.agent.throttling import COOL_S, LOOK_EVERY_S, Throttling
+from edge_teacher.agent.throttling import (
+    COOL_S,
+    EVENT_LASTS_S,
+    LOOK_EVERY_S,
+    ThrottleState,
+    Throttling,
+)
+from tests.edge_teacher.agent import jetsons
 
 
 class Machine:
@@ -63,6 +71,7 @@ def orin(tmp_path: Path) -> Machine:
 
 def test_a_machine_that_shows_nothing_is_well(tmp_path: Path) -> None:
     throttling = Throttling(tmp_path)
+    assert not throttling.shown
     assert not throttling.state.throttled
     assert throttling.pause_s(1.0) == 0
 
@@ -104,15 +113,42 @@ def test_a_count_of_the_processor_that_grows_is(tmp_path: Path) -> None:
     assert throttling.state.reason == "the processor was throttled 2 times"
 
 
-def test_over_current_is_said_and_no_reason_to_pause(tmp_path: Path) -> None:
-    machine = Machine(tmp_path)
-    machine.write("class/hwmon/hwmon3", name="soctherm_oc", oc3_event_cnt=10)
+def test_over_current_is_said_for_a_minute_and_no_reason_to_pause(tmp_path: Path) -> None:
+    machine = Machine(jetsons.orin(tmp_path))
     throttling = machine.throttling()
-    machine.write("class/hwmon/hwmon3", oc3_event_cnt=17)
+    assert throttling.state == ThrottleState()  # four events of last week are over
+    machine.write("class/hwmon/hwmon3", oc2_event_cnt=5)
     machine.after()
-    assert throttling.state.reason == "7 over-current or under-voltage events"
-    assert not throttling.state.throttled
+    assert throttling.state == ThrottleState(throttled=True, reason="average over-current")
     assert throttling.pause_s(1.0) == 0
+    machine.after(EVENT_LASTS_S - LOOK_EVERY_S)
+    assert throttling.state.throttled
+    machine.after()
+    assert throttling.state == ThrottleState()
+
+
+@pytest.mark.parametrize("board", [jetsons.orin, jetsons.thor])
+def test_boards_that_are_well_say_so_and_are_slowed_by_each_of_their_devices(
+    board: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    machine = Machine(board(tmp_path))
+    throttling = machine.throttling()
+    assert throttling.shown
+    assert throttling.state == ThrottleState()
+    machine.write("class/thermal/cooling_device2", cur_state=1)
+    machine.after()
+    assert "devfreq" in throttling.state.reason
+    assert throttling.pause_s(1.0) > 0
+
+
+def test_heat_and_the_supply_are_said_together(tmp_path: Path) -> None:
+    machine = Machine(jetsons.thor(tmp_path))
+    machine.write("class/hwmon/hwmon9", name="soctherm_oc", oc1_event_cnt=0)
+    throttling = machine.throttling()
+    machine.write("class/hwmon/hwmon9", oc1_event_cnt=1)
+    machine.write("class/thermal/cooling_device0", cur_state=1)
+    machine.after()
+    assert throttling.state.reason == "gpu-throttle-alert is in state 1 of 10; under-voltage"
 
 
 def test_it_goes_down_by_steps_and_comes_back_by_steps(orin: Machine) -> None:
@@ -147,7 +183,7 @@ def test_just_below_its_trip_point_it_stays_throttled_and_lately_is_not_yet_well
     assert throttling.state.throttled
     assert throttling.state.reason.startswith("until lately: cpu-thermal has 97 °C")
     orin.after(COOL_S)
-    assert throttling.state == type(throttling.state)()
+    assert throttling.state == ThrottleState()
 
 
 def test_sensors_that_are_off_or_broken_are_passed_over(orin: Machine) -> None:

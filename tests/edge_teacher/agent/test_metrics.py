@@ -1,0 +1,123 @@
+"""What Prometheus reads, with its own parser, over HTTP."""
+
+from __future__ import annotations
+
+import socket
+import urllib.error
+import urllib.request
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from edge_teacher.agent.metrics import CONTENT_TYPE, MetricsServer, render
+from edge_teacher.contract.errors import UsageError
+from edge_teacher.contract.messages import AnswerTimes, RuntimeInfo, Telemetry
+
+WHOLE = Telemetry(
+    uptime_s=12.5,
+    rss_bytes=100 << 20,
+    load_1min=0.25,
+    temperature_c=49.1,
+    queued=3,
+    answered=41,
+    refused=2,
+    failed=1,
+    images_held=70,
+    temperatures_c={"cpu": 48.562, "tj": 49.1},
+    power_w={"VDD_IN": 5.25},
+    gpu_load=0.453,
+    memory_available_bytes=5 << 30,
+    memory_limit_bytes=1 << 30,
+    throttled=True,
+    throttling="gpu-throttle-alert",
+    answer_times={"saliency": AnswerTimes(count=40, total_s=2.0, p50_ms=45.0, p99_ms=90.0)},
+    runtime=RuntimeInfo(
+        name="onnxruntime", version="1.31.1", provider="CPUExecutionProvider", threads=1
+    ),
+)
+LABELS = {"device": 'jetson "7"\\\n'}
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def parsed(text: str) -> Samples:
+    """Every sample, without the labels that all have."""
+    found: Samples = {}
+    for family in text_string_to_metric_families(text):
+        assert family.documentation
+        assert family.type != "unknown"
+        for sample in family.samples:
+            assert sample.labels["device"] == LABELS["device"]
+            others = frozenset((k, v) for k, v in sample.labels.items() if k != "device")
+            assert (sample.name, others) not in found
+            found[sample.name, others] = sample.value
+    return found
+
+
+def test_every_number_is_there_under_its_unit() -> None:
+    found = parsed(render(WHOLE, LABELS, connected=True))
+    plain = {name: value for (name, labels), value in found.items() if not labels}
+    assert plain == {
+        "fedsa_connected": 1,
+        "fedsa_uptime_seconds": 12.5,
+        "fedsa_queued_requests": 3,
+        "fedsa_answered_total": 41,
+        "fedsa_refused_total": 2,
+        "fedsa_failed_total": 1,
+        "fedsa_images_held": 70,
+        "fedsa_resident_memory_bytes": 100 << 20,
+        "fedsa_memory_available_bytes": 5 << 30,
+        "fedsa_memory_limit_bytes": 1 << 30,
+        "fedsa_load1": 0.25,
+        "fedsa_gpu_load_ratio": 0.453,
+        "fedsa_throttled": 1,
+    }
+    labelled = {(name, *sorted(labels)): value for (name, labels), value in found.items() if labels}
+    method = ("method", "saliency")
+    assert labelled == {
+        ("fedsa_temperature_celsius", ("zone", "cpu")): 48.562,
+        ("fedsa_temperature_celsius", ("zone", "tj")): 49.1,
+        ("fedsa_power_watts", ("rail", "VDD_IN")): 5.25,
+        ("fedsa_answer_seconds", method, ("quantile", "0.5")): 0.045,
+        ("fedsa_answer_seconds", method, ("quantile", "0.99")): 0.09,
+        ("fedsa_answer_seconds_sum", method): 2.0,
+        ("fedsa_answer_seconds_count", method): 40,
+        (
+            "fedsa_runtime_info",
+            ("name", "onnxruntime"),
+            ("provider", "CPUExecutionProvider"),
+            ("version", "1.31.1"),
+        ): 1,
+    }
+
+
+def test_what_is_not_known_is_left_out_and_never_zero() -> None:
+    bare = Telemetry(uptime_s=1, rss_bytes=1, load_1min=0)
+    names = {name for name, _ in parsed(render(bare, LABELS, connected=False))}
+    assert "fedsa_connected" in names
+    assert not any(
+        word in name for name in names for word in ("gpu", "temp", "power", "throttled", "limit")
+    )
+
+
+def test_it_is_served_on_loopback() -> None:
+    server = MetricsServer(0, lambda: render(WHOLE, LABELS, connected=True))
+    server.start()
+    try:
+        url = f"http://127.0.0.1:{server.port}"
+        with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+            assert answer.headers["Content-Type"] == CONTENT_TYPE
+            assert parsed(answer.read().decode())
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{url}/etc/passwd", timeout=10)
+        assert server._server.server_address[0] == "127.0.0.1"
+        # One that says nothing does not keep the next out for ever.
+        with (
+            socket.create_connection(("127.0.0.1", server.port)),
+            urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer,
+        ):
+            assert answer.status == 200
+        with pytest.raises(UsageError, match=f"the port {server.port} of 127.0.0.1 cannot be had"):
+            MetricsServer(server.port, str)
+    finally:
+        server.stop()
