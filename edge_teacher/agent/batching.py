@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from edge_teacher.agent.batch_sizes import BatchSizes
 from edge_teacher.agent.ceiling import MemoryCeiling
+from edge_teacher.agent.stopwatch import Stopwatch
 from edge_teacher.agent.throttling import Throttling
 from edge_teacher.agent.work import Floats, Inference, Kind, Listener, Work
 from edge_teacher.contract.errors import Busy, RuntimeFailed
@@ -143,6 +144,7 @@ class Batcher:
             latency_s=latency_s, fits=lambda kind, rows: memory.fits(kind.memory, rows)
         )
         self._probes = list(probes)
+        self._stopwatch = Stopwatch()
         self._turn = threading.Lock()
         self._works: list[Work] = []
         """Under the turn; who was first in a step longest ago is first."""
@@ -270,9 +272,9 @@ class Batcher:
     ) -> tuple[Mapping[str, Floats], float]:
         count = len(images)
         before = self._memory.before_step(kind.memory, count)
-        began = time.perf_counter()
+        started = self._stopwatch.start()
         found = session.run(images, sorted(outputs))
-        seconds = time.perf_counter() - began
+        seconds = self._stopwatch.seconds(started)
         self._memory.after_step(kind.memory, count, before)
         for name, values in found.items():
             if len(values) != count:
