@@ -6,11 +6,11 @@ by a core that a device may not have to spare. The last line is one JSON object:
 
 throughput_vs_session          images/s, saliency and pooled features, queries of 32 images, four outstanding,
                                over the session's at its best batch; the smaller of a demo teacher's and the
-                               larger network's
+                               larger network's, and of wall and CPU time (below)
 sixteen_coordinators_vs_session   the same with 16 coordinators that have two queries of 2 images outstanding
-*_cpu_vs_session               the same by CPU time of the two processes: other users of the machine do not
-                               count in it, and neither does what the agent can do beside
 two_queries_vs_session         as the first, but asked as two queries, saliency and features, of one block
+*_wall_vs_session, *_cpu_vs_session   by time, and by CPU time of the two processes: where others use the
+                               machine, the first says who was given the core, the second what was done with it
 cold_start_s                   from the start of the process to its first answer, the slowest of the demo's
                                teachers, each the median of several starts
 rss_over_session_mb            resident memory of the agent after all that, over the bare session's process
@@ -161,6 +161,14 @@ def worst(of: list[Medians], name: str, clock: str) -> float:
     return min(medians[name][clock] / medians["session"][clock] for medians in of)
 
 
+def ratios(of: list[Medians], name: str) -> dict[str, float]:
+    clocks = {clock: worst(of, name, clock) for clock in ("wall", "cpu")}
+    return {
+        f"{name}_vs_session": min(clocks.values()),
+        **{f"{name}_{clock}_vs_session": ratio for clock, ratio in clocks.items()},
+    }
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--rounds", type=int, default=7)
@@ -188,17 +196,14 @@ def main() -> None:
         os.sched_setaffinity(0, [device, *others])
         cold = max(cold_start_s(index, broker, folder, chosen.starts) for index in range(8))
         installed = None if chosen.no_install else install_bytes(folder) / MB
-    result = {
-        "throughput_vs_session": worst(compared, "throughput", "wall"),
-        "sixteen_coordinators_vs_session": worst(compared, "sixteen_coordinators", "wall"),
+    result: dict[str, float | None] = {
+        **ratios(compared, "throughput"),
+        **ratios(compared, "sixteen_coordinators"),
         "cold_start_s": cold,
         "rss_over_session_mb": max(more for more, _ in agents) / MB,
         "idle_cpu": max(share for _, share in agents),
         "install_mb": installed,
-        "throughput_cpu_vs_session": worst(compared, "throughput", "cpu"),
-        "sixteen_coordinators_cpu_vs_session": worst(compared, "sixteen_coordinators", "cpu"),
-        "two_queries_vs_session": worst(compared, "two_queries", "wall"),
-        "two_queries_cpu_vs_session": worst(compared, "two_queries", "cpu"),
+        **ratios(compared, "two_queries"),
     }
     sys.stdout.write(
         json.dumps({k: None if v is None else round(v, 4) for k, v in result.items()}) + "\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,7 +52,7 @@ ENCODINGS = ("f16", "f32", "u8", *(("zstd",) if packing.available() else ()))
 class Answers:
     """Binds the teacher, the image store and the students to the contract's methods.
 
-    What runs a graph is joint: `plan` and `about` say what it is, and a `Batcher` does it.
+    What runs a graph is joint: `plan` says what it is, and a `Batcher` does it.
     """
 
     def __init__(
@@ -82,9 +82,10 @@ class Answers:
         return {
             "describe": Method(Empty, self.describe),
             "put_images": Method(PutImages, self.put_images),
-            "saliency": Joint(SaliencyQuery),
-            "features": Joint(FeaturesQuery),
-            "predict": Joint(PredictQuery),
+            # Queries about the same pixels, through the same graph, are about the same.
+            "saliency": Joint(SaliencyQuery, lambda query: (None, query.block, False)),
+            "features": Joint(FeaturesQuery, lambda query: (None, query.block, query.mirrored)),
+            "predict": Joint(PredictQuery, lambda query: (query.task, query.block, False)),
             "student.offer": Method(StudentOffer, self.student_offer, changes=True),
             "student.status": Method(StudentCommand, self.student_status),
             "student.activate": Method(StudentCommand, self.student_activate, changes=True),
@@ -100,12 +101,6 @@ class Answers:
             return self._features(query, asked.tensors)
         assert isinstance(query, PredictQuery)
         return self._predict(query)
-
-    def about(self, _method: str, query: Any) -> Hashable:
-        """Queries of which this is equal are about the same pixels, through the same graph."""
-        if isinstance(query, PredictQuery):
-            return (query.task, query.block, False)
-        return (None, query.block, isinstance(query, FeaturesQuery) and query.mirrored)
 
     def describe(self, _request: Empty, _tensors: Tensors) -> Answer:
         return self._card(), {}

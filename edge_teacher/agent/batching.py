@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_teacher.agent.batch_sizes import BatchSizes
 from edge_teacher.agent.ceiling import MemoryCeiling
+from edge_teacher.agent.stopwatch import Stopwatch
 from edge_teacher.agent.throttling import Throttling
 from edge_teacher.agent.work import Floats, Inference, Kind, Listener, Work
 from edge_teacher.contract.errors import Busy, RuntimeFailed
@@ -42,10 +43,6 @@ class Plans(Protocol):
 
     def plan(self, asked: Asked) -> Inference:
         """Raises RpcError for a query that cannot be answered."""
-        ...
-
-    def about(self, method: str, request: Any) -> Hashable:
-        """Equal for two queries that one pass through a graph may serve; None: for no other."""
         ...
 
 
@@ -143,9 +140,12 @@ class Batcher:
             latency_s=latency_s, fits=lambda kind, rows: memory.fits(kind.memory, rows)
         )
         self._probes = list(probes)
+        self._stopwatch = Stopwatch()
         self._turn = threading.Lock()
         self._works: list[Work] = []
         """Under the turn; who was first in a step longest ago is first."""
+        self._fresh: dict[Hashable, Work] = {}
+        """Those of which nothing is computed yet, by what they are about: others may join them."""
         self._not_before = 0.0
         self._stop_pause = threading.Event()
 
@@ -160,7 +160,7 @@ class Batcher:
                     line.at(_said(parts))
                     steps = self._compute(parts)
                 except Exception as error:
-                    works, self._works = self._works, []
+                    works, self._works, self._fresh = self._works, [], {}
                     for listener in (each for work in works for each in work.listeners):
                         listener.refuse(error)
                     raise
@@ -177,7 +177,8 @@ class Batcher:
         self._admit(line)
         self._works = [work for work in self._works if work.left]
         for work in self._works:
-            work.drop_unwanted()
+            if not work.drop_unwanted():
+                self._fresh.pop(work.first.about, None)
         self._works = [work for work in self._works if work.listeners]
         if self._works:
             return self._compose()
@@ -191,27 +192,25 @@ class Batcher:
             self._stop_pause.wait(min(left, 0.1))
 
     def _admit(self, line: Line) -> None:
+        waiting = sum(work.left for work in self._works)
+        enough = self._wanted_rows() if self._works else 0
         while len(self._works) < _MOST_WORKS:
-            waiting = sum(work.left for work in self._works)
             # Enough for a step is enough, but for coordinators who have nothing in it yet.
-            enough = bool(self._works) and waiting >= self._wanted_rows()
-            without = {work.asker for work in self._works} if enough else ()
+            full = bool(self._works) and waiting >= enough
+            without = {work.asker for work in self._works} if full else ()
             asked = line.take(0 if self._works or self._probe() else _IDLE_S, without)
             if asked is None:
                 return
-            self._begin(asked)
-            about = self._plans.about(asked.job.method, asked.request)
-            if about is not None:
-                for companion in line.take_all(
-                    lambda method, request, same=about: self._plans.about(method, request) == same  # type: ignore[misc]
-                ):
-                    self._begin(companion)
+            for each in (asked, *line.take_all(asked.about)):
+                waiting += self._begin(each)
+            enough = enough or (self._wanted_rows() if self._works else 0)
 
     def _wanted_rows(self) -> int:
         kind = self._works[0].kind
         return max(self.sizes.best(kind), self.sizes.untried(kind) or 0)
 
-    def _begin(self, asked: Asked) -> None:
+    def _begin(self, asked: Asked) -> int:
+        """The rows it adds to what is to be computed."""
         try:
             state = self._throttling.state
             if state.refuses:
@@ -223,13 +222,16 @@ class Batcher:
             release = self._memory.reserve(inference.needs_bytes)
         except Exception as error:  # noqa: BLE001 - it is this query's alone
             asked.refuse(error)
-            return
+            return 0
         listener = Listener(asked, inference, len(inference.images), release)
-        for work in self._works:
-            if work.may_join(inference):
-                work.join(listener)
-                return
-        self._works.append(Work(asked.job.asker, inference, [listener], inference.outputs))
+        same = self._fresh.get(inference.about)
+        if same is not None:
+            same.join(listener)
+            return 0
+        work = Work(asked.job.asker, inference, [listener], inference.outputs)
+        self._works.append(work)
+        self._fresh[inference.about] = work
+        return work.left
 
     def _compose(self) -> list[_Part]:
         """A step: half of it for who has waited longest, the rest for those who need least.
@@ -250,10 +252,12 @@ class Batcher:
                 free -= more
         self._works.remove(first)
         self._works.append(first)
-        return [
-            _Part(group[i], group[i].take(count), tuple(group[i].listeners))
-            for i, count in taken.items()
-        ]
+        parts = []
+        for i, count in taken.items():
+            work = group[i]
+            self._fresh.pop(work.first.about, None)
+            parts.append(_Part(work, work.take(count), tuple(work.listeners)))
+        return parts
 
     # ── computing, under the turn ────────────────────────────────────────────────────────────
 
@@ -274,9 +278,9 @@ class Batcher:
     ) -> tuple[Mapping[str, Floats], float]:
         count = len(images)
         before = self._memory.before_step(kind.memory, count)
-        began = time.perf_counter()
+        started = self._stopwatch.start()
         found = session.run(images, sorted(outputs))
-        seconds = time.perf_counter() - began
+        seconds = self._stopwatch.seconds(started)
         self._memory.after_step(kind.memory, count, before)
         for name, values in found.items():
             if len(values) != count:

@@ -55,10 +55,11 @@ class Inference:
     """Equal where `keep` does the same to every image, so that it can be done to a whole step at once; None
     where it depends on which of the images they are."""
 
-    @property
-    def about(self) -> Hashable:
-        """Equal where one pass through the graph serves both."""
-        return (id(self.session), self.pixels, self.mirrored)
+    about: Hashable = field(init=False)
+    """Equal where one pass through the graph serves both."""
+
+    def __post_init__(self) -> None:
+        self.about = (id(self.session), self.pixels, self.mirrored)
 
 
 @dataclass(eq=False)
@@ -75,11 +76,16 @@ class Listener:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, kept: Mapping[str, NDArray[np.generic]], where: slice, seconds: float) -> bool:
-        """What it needs of a step; whether that was the last of it."""
+        """What it needs of a step, which nobody changes any more; whether that was the last of it."""
         rows = len(self.inference.images)
         with self.lock:
             if self.ended:
                 return False  # it was refused, or withdrawn
+            if (
+                where.stop - where.start == rows
+            ):  # all in one step: there is nothing to put together
+                self.whole = dict(kept)
+                kept = {}
             for name, values in kept.items():
                 if name not in self.whole:
                     self.whole[name] = np.empty((rows, *values.shape[1:]), values.dtype)
@@ -132,10 +138,6 @@ class Work:
     def left(self) -> int:
         return len(self.first.images) - self.next
 
-    def may_join(self, inference: Inference) -> bool:
-        """Whether a query about the same images can still have its share."""
-        return self.next == 0 and inference.about == self.first.about
-
     def join(self, listener: Listener) -> None:
         self.listeners.append(listener)
         self.outputs |= listener.inference.outputs
@@ -149,9 +151,10 @@ class Work:
         images = self.first.images[where]
         return images[:, :, ::-1] if self.first.mirrored else images
 
-    def drop_unwanted(self) -> None:
-        """Nothing more is computed for who does not wait any longer."""
+    def drop_unwanted(self) -> bool:
+        """Nothing more is computed for who does not wait any longer; whether anybody does."""
         for listener in self.listeners:
             if not listener.asked.wanted:
                 listener.refuse(TimeoutError("nobody waits for it any more"))
         self.listeners = [listener for listener in self.listeners if not listener.ended]
+        return bool(self.listeners)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +36,8 @@ class Job:
     """It may have had an effect."""
     withdrawn: bool = False
     """Cancelled while it was being computed."""
-    content: tuple[Any, Any] | None = None
-    """(request, tensors), once they were read."""
+    content: tuple[Any, Any, Hashable] | None = None
+    """(request, tensors, what a joint request is about), once they were read."""
 
 
 class FairQueue:

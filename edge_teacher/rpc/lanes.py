@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Hashable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -59,7 +59,7 @@ class Lane:
 class Ends(Protocol):
     """Who reads the requests of a lane, and tells what became of them."""
 
-    def content(self, job: Job) -> tuple[Any, Tensors]: ...
+    def content(self, job: Job) -> tuple[Any, Tensors, Hashable]: ...
 
     def complete(self, job: Job, body: msgspec.Struct, tensors: Tensors) -> None: ...
 
@@ -104,13 +104,13 @@ class JointLine:
                 self._ends.end_badly(job, error)
         return None
 
-    def take_all(self, wanted: Callable[[str, Any], bool]) -> list[Asked]:
+    def take_all(self, about: Hashable) -> list[Asked]:
         def is_wanted(job: Job) -> bool:
             try:
-                request, _ = self._ends.content(job)
+                content = job.content or self._ends.content(job)
             except Malformed:
                 return False  # it is told so when its turn comes
-            return not _is_late(job) and wanted(job.method, request)
+            return content[2] == about and not _is_late(job)
 
         found = self._lane.jobs.take_all(is_wanted)
         return [_Taken(self._lane, self._ends, job) for job in found]
@@ -122,7 +122,7 @@ class _Taken:
     def __init__(self, lane: Lane, ends: Ends, job: Job) -> None:
         """Raises Malformed for what cannot be read."""
         self.job = job
-        self.request, self.tensors = ends.content(job)
+        self.request, self.tensors, self.about = ends.content(job)
         self._lane = lane
         self._ends = ends
         self._began = time.monotonic()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Hashable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -19,6 +19,8 @@ class Joint(Generic[Request]):
     """A method of which an `Engine` answers several requests at once; they carry this struct."""
 
     request: type[Request]
+    about: Callable[[Request], Hashable]
+    """Equal for two requests, also of two methods, that are best answered together."""
 
 
 class Asked(Protocol):
@@ -29,6 +31,9 @@ class Asked(Protocol):
 
     @property
     def request(self) -> Any: ...
+
+    @property
+    def about(self) -> Hashable: ...
 
     @property
     def tensors(self) -> Any: ...
@@ -57,8 +62,8 @@ class Line(Protocol):
         """
         ...
 
-    def take_all(self, wanted: Callable[[str, Any], bool]) -> list[Asked]:
-        """Those whose method and request are `wanted`, out of their turn."""
+    def take_all(self, about: Hashable) -> list[Asked]:
+        """Those that are about this, out of their turn."""
         ...
 
     def at(self, work: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -273,7 +273,7 @@ class Server:
         assert isinstance(method, Method)
         try:
             require_in_time(job)
-            request, tensors = self.content(job)
+            request, tensors, _ = self.content(job)
             job.begun = True
             body, answer_tensors = method.answer(request, tensors)
             del request, tensors
@@ -281,10 +281,13 @@ class Server:
         except Exception as error:  # noqa: BLE001
             self.end_badly(job, error)
 
-    def content(self, job: Job) -> tuple[Any, Tensors]:
-        """The request and its tensors. Raises Malformed."""
+    def content(self, job: Job) -> tuple[Any, Tensors, Hashable]:
+        """The request, its tensors, and what a joint request is about. Raises Malformed."""
         if job.content is None:
-            job.content = frame.decode(job.message.payload, self._methods[job.method].request)
+            method = self._methods[job.method]
+            request, tensors = frame.decode(job.message.payload, method.request)
+            about = method.about(request) if isinstance(method, Joint) else None
+            job.content = request, tensors, about
         return job.content
 
     def complete(self, job: Job, body: msgspec.Struct, tensors: Tensors) -> None:

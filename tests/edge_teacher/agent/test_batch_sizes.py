@@ -44,7 +44,7 @@ def test_what_is_measured_fastest_is_kept() -> None:
 def test_of_several_as_fast_short_steps_with_few_of_them_are_taken() -> None:
     sizes = BatchSizes(latency_s=0.05, fits=everything_fits)
     learn(sizes, lambda rows: rows * 1e-3)
-    assert sizes.best(KIND) == 8  # 8 ms: at most a fifth of the latency
+    assert sizes.best(KIND) == 8  # 8 ms: at most a quarter of the latency
 
 
 def test_a_busy_machine_does_not_decide() -> None:
@@ -122,7 +122,7 @@ def test_whatever_the_machine_the_choice_is_allowed_and_nearly_the_best_tried(
         for rows, rate in sizes.rates(KIND).items()
         if rows == 1 or rows / rate <= latency_s
     }
-    assert allowed[best] * 1.031 >= max(allowed.values())
+    assert allowed[best] * 1.051 >= max(allowed.values())
 
 
 @pytest.mark.parametrize("waiting", [1, 2, 5])

@@ -547,4 +547,4 @@ def test_whatever_is_asked_in_whatever_order_each_gets_exactly_its_own_rows(
         for name, values in right().items():
             assert found[name].shape == values.shape
             assert np.allclose(found[name], values, atol=1e-5 if dtype == "f32" else 1e-3)
-    eventually(lambda: here.memory.reserved_bytes == 0)
+    eventually(lambda: here.memory.reserved_bytes == 0)  # given back once the answer is out

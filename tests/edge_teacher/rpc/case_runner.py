@@ -110,7 +110,7 @@ class ServerPlay(Play):
         method: str = "echo",
         body: dict[str, Any] | None = None,
         by: str = "ada",
-        v: str = "1.2",
+        v: str = "1.3",
         expiry_s: int | None = None,
         channel: str = "req",
         payload: str | None = None,
@@ -265,7 +265,7 @@ class ClientPlay(Play):
         status: int = 200,
         body: dict[str, Any] | None = None,
         payload: str | None = None,
-        v: str = "1.2",
+        v: str = "1.3",
         device: str = DEVICE,
     ) -> None:
         fields = body or {}
@@ -299,7 +299,7 @@ class ClientPlay(Play):
             chunk, tensors = frame.decode(raw, chunks.Chunk)
             raw = frame.encode(msgspec.structs.replace(chunk, total_bytes=total), tensors)
         topic = (topics.data if channel == "data" else topics.response)("ada", DEVICE)
-        self._send(to, topic, 206, raw, "1.2" if channel == "data" else "1.0")
+        self._send(to, topic, 206, raw, "1.3" if channel == "data" else "1.0")
 
     def expect_control(self, kind: str, of: str, ranges: list[int] | None = None) -> None:
         def fits(message: Message) -> bool:

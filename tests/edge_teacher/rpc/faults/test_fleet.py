@@ -41,8 +41,9 @@ class Network:
         def counting(
             session: OnnxRuntimeSession, images: np.ndarray, outputs: Sequence[str]
         ) -> Mapping[str, np.ndarray]:
-            self.runs += 1
-            assert self.may_go_on.wait(60)
+            if images.shape == WIDE.shape:  # an idle agent tries what it is fastest with
+                self.runs += 1
+                assert self.may_go_on.wait(60)
             return run(session, images, outputs)
 
         monkeypatch.setattr(OnnxRuntimeSession, "run", counting)
