@@ -154,6 +154,8 @@ def _default(field: msgspec.structs.FieldInfo) -> str:
     plain = {(): "[]", "": '""', None: "nil", True: "true", False: "false"}
     if isinstance(value, tuple) and value:
         return "[" + ", ".join(f'"{item}"' for item in value) + "]"
+    if value == {}:
+        return "{}"
     if isinstance(value, str) and value:
         return f'"{value}"'
     if isinstance(value, (int, float)) and not isinstance(value, bool):
