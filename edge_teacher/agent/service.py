@@ -28,14 +28,11 @@ from edge_teacher.rpc.address import BrokerAddress
 from edge_teacher.rpc.pair import connect_pair
 from edge_teacher.rpc.serve import Server
 from edge_teacher.rpc.transport import Message, Transport
-from edge_teacher.runtime import OnnxRuntimeSession, Session
+from edge_teacher.runtime import LiveSession, Model, dialects, open_session
+from edge_teacher.runtime.bundled import teacher_model
 from edge_teacher.slots import Students
 
 log = logging.getLogger(__name__)
-
-CPU_DIALECTS = ("int8_cpu", "fp32")
-"""Student graphs ONNX Runtime's CPU provider executes, fastest first."""
-
 
 BULK_GRACE_S = 2.0
 """After that a device is born without its second connection: what is large then takes the first."""
@@ -69,21 +66,21 @@ class Agent:
             raise CheckFailed(f"{config.bundle} holds a student; an agent runs a teacher")
         self.teacher = bundle.card.teacher
         self._bundle_digest = bundle.digest
-        self._session = self._load(bundle.file(bundle.card.graph), bundle.card.graph)
+        self._server: Server | None = None
+        self._stopped = threading.Event()
+        self._session = self._open(teacher_model(bundle))
         self._check_outputs()
         self._images = ImageStore(config.limits)
         self._students = Students(
             _writable(config.state / "students"),
             config.coordinator_keys,
-            self._load,
-            dialects=CPU_DIALECTS,
+            self._open,
+            dialects=dialects(),
             max_bundle_bytes=config.limits.max_bundle_bytes,
         )
         self._transport: Transport | None = None
         self._bulk: Transport | None = None
-        self._server: Server | None = None
         self._waits_for_bulk = False
-        self._stopped = threading.Event()
         self._telemetry_thread = threading.Thread(
             target=self._telemetry, name="telemetry", daemon=True
         )
@@ -141,6 +138,8 @@ class Agent:
         if self._server is not None:
             self._server.drain()
             self._telemetry_thread.join()
+        for opened in (self._session, self._students):
+            opened.close()
         if self._bulk is not None and self._bulk is not self._transport:
             self._bulk.close()
         if self._transport is not None:
@@ -150,8 +149,18 @@ class Agent:
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────
 
-    def _load(self, graph: bytes, name: str) -> Session:
-        return OnnxRuntimeSession(graph, threads=self.config.threads, name=name)
+    def _open(self, model: Model) -> LiveSession:
+        return open_session(
+            model,
+            threads=self.config.threads,
+            engines=self.config.state / "engines",
+            changed=self._runtime_changed,
+        )
+
+    def _runtime_changed(self) -> None:
+        """Another runtime answers, or one was given up: the card says which."""
+        if self._server is not None and not self._stopped.is_set():
+            self._announce_card()
 
     def _check_outputs(self) -> None:
         wanted = {"saliency", *(f"features.{tap}" for tap in self.teacher.taps)}

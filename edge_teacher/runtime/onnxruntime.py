@@ -52,13 +52,14 @@ class OnnxRuntimeSession:
         self._provider = provider
         self._provider_options = dict(provider_options or {})
         self._precision = precision
-        self._graph = graph
         self._whole = self._load(graph)
         inputs = self._whole.get_inputs()
         if [i.name for i in inputs] != ["images"] or inputs[0].type != "tensor(uint8)":
             found = ", ".join(f"{i.name}: {i.type}" for i in inputs)
             raise CheckFailed(f"{name} takes ({found}), and must take images: uint8[N, H, W, 3]")
         self._outputs = tuple(output.name for output in self._whole.get_outputs())
+        # Kept only where there is something to cut.
+        self._graph = graph if len(self._outputs) > 1 else b""
         self._parts: OrderedDict[frozenset[str], ort.InferenceSession] = OrderedDict()
         self._judging = threading.Lock()
 
