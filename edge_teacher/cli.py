@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge_teacher import __version__
+from edge_teacher import __version__, check
 from edge_teacher import bundle as bundles
 from edge_teacher.agent.service import AgentConfig, serve
 from edge_teacher.bundle import TeacherCard
@@ -65,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--state", type=Path, required=True, help="folder for students")
     run.add_argument("--threads", type=_cores, default=1, help="cores for inference (default 1)")
 
+    check.add_parser(commands)
+
     info = commands.add_parser("info", help="verify a bundle and print its card as JSON")
     info.add_argument("bundle", type=Path)
     info.add_argument("--owner-key", type=Path, action="append", required=True)
@@ -83,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
     try:
-        return {"run": _run, "info": _info}[options.command](options)
+        return {"run": _run, "check": check.run, "info": _info}[options.command](options)
     except FedsaError as error:
         print(f"edge-teacher: {error}", file=sys.stderr)
         return error.exit_code

@@ -68,38 +68,45 @@ class EngineMaker:
             profile=profile,
             options=self._options,
         )
-        notes = []
-        started = time.monotonic()
-        if self._cache is not None:
-            found, why_not = self._cache.engine(key)
-            if found is not None:
-                return Made(key, found, time.monotonic() - started, cached=True)
-            if why_not:
-                notes.append(f"{why_not}; the engine is built again")
-        return self._build(key, cut(graph, outputs, name), notes, watch, name)
+        found, notes = self._found(key)
+        if found is not None:
+            return found
+        with _building:
+            # Whoever was at work until now may have built the same.
+            found, _ = self._found(key)
+            return found or self._build(key, cut(graph, outputs, name), notes, watch, name)
 
     def rebuild(self, made: Made, graph: bytes, watch: Watch | None, name: str) -> Made:
         """As `make`, without the cache's word: for an engine that TensorRT then would not load."""
         notes = ["the engine in the cache cannot be loaded, and is built again"]
-        return self._build(made.key, cut(graph, made.key.outputs, name), notes, watch, name)
+        with _building:
+            return self._build(made.key, cut(graph, made.key.outputs, name), notes, watch, name)
+
+    def _found(self, key: EngineKey) -> tuple[Made | None, list[str]]:
+        if self._cache is None:
+            return None, []
+        started = time.monotonic()
+        engine, why_not = self._cache.engine(key)
+        if engine is None:
+            return None, [f"{why_not}; the engine is built again"] if why_not else []
+        return Made(key, engine, time.monotonic() - started, cached=True), []
 
     def _build(
         self, key: EngineKey, graph: bytes, notes: list[str], watch: Watch | None, name: str
     ) -> Made:
         watch = watch or Watch()
         cache = self._cache
-        with _building:
-            if watch.cancelled.is_set():
-                raise CheckFailed(f"the build of {name} was cancelled")
-            built = build(
-                self._module,
-                graph,
-                profile=key.profile,
-                options=key.options,
-                timing=b"" if cache is None else cache.timing(key.hardware),
-                watch=watch,
-                name=name,
-            )
+        if watch.cancelled.is_set():
+            raise CheckFailed(f"the build of {name} was cancelled")
+        built = build(
+            self._module,
+            graph,
+            profile=key.profile,
+            options=key.options,
+            timing=b"" if cache is None else cache.timing(key.hardware),
+            watch=watch,
+            name=name,
+        )
         if cache is not None:
             trouble = [cache.keep(key, built.engine)]
             if built.timing:
