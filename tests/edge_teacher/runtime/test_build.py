@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 
+import onnx
 import pytest
 
 from edge_teacher.contract.errors import CheckFailed
 from edge_teacher.runtime.cut import cut, outputs_of
 from edge_teacher.runtime.tensorrt.build import Phases, Watch, build
 from edge_teacher.runtime.tensorrt.key import Options, profile_for
+from export.checks.fp16 import to_half
 from export.checks.tensorrt import installed_tensorrt
-from tests.edge_teacher.runtime.shipped import GRAPHS, graph
+from tests.edge_teacher.runtime.shipped import GRAPHS, TEACHERS, graph
 
 OPTIONS = Options(level=0)
 pytestmark = pytest.mark.filterwarnings("ignore:.*no-ops in TensorRT-RTX")
@@ -34,6 +37,16 @@ def test_every_shipped_graph_and_every_part_of_it_is_built(rtx: ModuleType, name
         assert len(built.engine) > 1000
         assert built.timing
         assert built.seconds > 0
+
+
+@pytest.mark.parametrize("path", TEACHERS, ids=lambda path: path.stem)
+def test_the_copy_in_half_precision_of_every_shipped_teacher_is_built(
+    rtx: ModuleType, path: Path
+) -> None:
+    whole, size = graph(path.stem)
+    half = to_half(onnx.load_from_string(whole)).SerializeToString()
+    for file in (half, cut(half, ["features.last"])):
+        assert build(rtx, file, profile=profile_for(size), options=OPTIONS).engine
 
 
 def test_progress_goes_forward_and_ends_at_one(rtx: ModuleType) -> None:
