@@ -152,10 +152,10 @@ def _default(field: msgspec.structs.FieldInfo) -> str:
         return "required"
     value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
     plain = {(): "[]", "": '""', None: "nil", True: "true", False: "false"}
-    if isinstance(value, tuple) and value:
-        return "[" + ", ".join(f'"{item}"' for item in value) + "]"
     if value == {}:
         return "{}"
+    if isinstance(value, tuple) and value:
+        return "[" + ", ".join(f'"{item}"' for item in value) + "]"
     if isinstance(value, str) and value:
         return f'"{value}"'
     if isinstance(value, (int, float)) and not isinstance(value, bool):
