@@ -17,7 +17,7 @@ from edge_teacher.runtime.session import Session
 
 BATCHES = (1, 32)
 """What is measured: one image, and as many as a coordinator asks about at once."""
-TOLERANCE = {"fp32": 1e-2, "fp16": 5e-2}
+TOLERANCE = {"fp32": 1e-2, "fp16": 2e-2}
 """Largest difference from the CPU's answer, over its largest value; fp32 with the 10 bits of TF32.
 Quantised students are held to their canary batch instead."""
 MAP_COSINE = 0.99

@@ -45,6 +45,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Products of float32 in 19 bits where the GPU has it (Ampere and later)."""
 
 
+def options_for(gpu: Gpu) -> Options:
+    """On a small board the builder's workspace is an eighth of all memory."""
+    return Options(workspace_bytes=min(Options().workspace_bytes, gpu.memory_bytes // 8))
+
+
 class Hardware(msgspec.Struct, frozen=True, kw_only=True):
     """What measurements of single layers, the timing cache, are valid for."""
 

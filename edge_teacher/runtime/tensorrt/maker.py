@@ -13,7 +13,14 @@ from edge_teacher.runtime.cuda import Gpu
 from edge_teacher.runtime.cut import cut
 from edge_teacher.runtime.tensorrt.build import Watch, build
 from edge_teacher.runtime.tensorrt.cache import EngineCache
-from edge_teacher.runtime.tensorrt.key import EngineKey, Options, Profile, hardware_of, key_of
+from edge_teacher.runtime.tensorrt.key import (
+    EngineKey,
+    Options,
+    Profile,
+    hardware_of,
+    key_of,
+    options_for,
+)
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +54,7 @@ class EngineMaker:
         self._module = module
         self._hardware = hardware_of(module, gpu)
         self._cache = cache
-        self._options = options or Options()
+        self._options = options or options_for(gpu)
 
     def make(
         self,

@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
-import onnx
 import pytest
 
 from edge_teacher.contract.errors import CheckFailed
 from edge_teacher.runtime.cut import cut, outputs_of
 from edge_teacher.runtime.tensorrt.build import Phases, Watch, build
 from edge_teacher.runtime.tensorrt.key import Options, profile_for
-from export.checks.fp16 import to_half
 from export.checks.tensorrt import installed_tensorrt
-from tests.edge_teacher.runtime.shipped import GRAPHS, TEACHERS, graph
+from tests.edge_teacher.runtime.shipped import GRAPHS, TEACHERS, graph, half_of
 
 OPTIONS = Options(level=0)
 pytestmark = pytest.mark.filterwarnings("ignore:.*no-ops in TensorRT-RTX")
@@ -43,8 +41,8 @@ def test_every_shipped_graph_and_every_part_of_it_is_built(rtx: ModuleType, name
 def test_the_copy_in_half_precision_of_every_shipped_teacher_is_built(
     rtx: ModuleType, path: Path
 ) -> None:
-    whole, size = graph(path.stem)
-    half = to_half(onnx.load_from_string(whole)).SerializeToString()
+    _, size = graph(path.stem)
+    half = half_of(path.stem)
     for file in (half, cut(half, ["features.last"])):
         assert build(rtx, file, profile=profile_for(size), options=OPTIONS).engine
 

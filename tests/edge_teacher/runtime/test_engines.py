@@ -50,7 +50,7 @@ def make(
     """An engine by a maker that has just been started, of the tiny teacher where nothing else is said."""
     trt = trt or FakeTensorRT()
     cache = None if folder is None else EngineCache(folder)
-    maker = EngineMaker(trt, gpu, cache, options=changes.pop("options", None))
+    maker = EngineMaker(trt, gpu, cache, options=changes.pop("options", Options()))
     arguments: dict[str, Any] = {"precision": "fp32", "profile": profile_for((8, 8)), **changes}
     graph, outputs = (
         arguments.pop(k, d) for k, d in (("graph", teacher_graph()), ("outputs", OUTPUTS))
