@@ -18,7 +18,6 @@ from edge_teacher.runtime import Model, open_session
 from edge_teacher.runtime.bundled import teacher_model
 from edge_teacher.runtime.cuda import Gpu
 from edge_teacher.runtime.machine import Machine, find_machine
-from edge_teacher.runtime.tensorrt.key import version_of
 from edge_teacher.runtime.trial import BATCHES, Trial
 from edge_teacher.slots.canary import Canary
 
@@ -148,7 +147,7 @@ def _model(bundle: Bundle) -> Model:
 
 
 def _device(machine: Machine) -> Device:
-    ort = machine.onnxruntime
+    ort, trt = machine.onnxruntime, machine.tensorrt
     try:
         board = BOARD.read_bytes().rstrip(b"\0").decode(errors="replace")
     except OSError:
@@ -160,7 +159,7 @@ def _device(machine: Machine) -> Device:
         memory_bytes=_memory(),
         python=platform.python_version(),
         gpu=None if machine.cuda is None else machine.cuda.gpu,
-        tensorrt="" if machine.tensorrt is None else version_of(machine.tensorrt),
+        tensorrt="" if trt is None else f"{trt.__name__} {trt.__version__}",
         onnxruntime="" if ort is None else ort.__version__,
         providers=() if ort is None else tuple(ort.get_available_providers()),
     )

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from edge_teacher.contract.errors import CheckFailed
 from edge_teacher.runtime.cut import outputs_of
 from edge_teacher.runtime.machine import Machine
 from edge_teacher.runtime.model import GPU_DIALECTS, Model
-from edge_teacher.runtime.session import Session
-from edge_teacher.runtime.tensorrt.build import Watch
+from edge_teacher.runtime.opened import Candidate, Opened, Watch
 from edge_teacher.runtime.tensorrt.cache import EngineCache
 from edge_teacher.runtime.tensorrt.family import EngineFamily
 from edge_teacher.runtime.tensorrt.key import (
@@ -32,41 +26,6 @@ from edge_teacher.runtime.worker import Worker
 
 MAX_PROVIDER_CACHES = 4
 """Folders of engines that ONNX Runtime builds by itself."""
-
-
-def _always(_images: NDArray[np.uint8]) -> bool:
-    return True
-
-
-def _nothing() -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A session that can answer."""
-
-    session: Session
-    fits: Callable[[NDArray[np.uint8]], bool] = _always
-    """Whether it takes images of this size."""
-    close: Callable[[], None] = _nothing
-    build_s: float | None = None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One possible choice. `open` raises CheckFailed or RuntimeFailed with the runtime's own words."""
-
-    runtime: str
-    provider: str
-    precision: str
-    version: str
-    open: Callable[[Watch], Opened]
-
-    @property
-    def label(self) -> str:
-        return f"{self.runtime} {self.provider} {self.precision}"
 
 
 def candidates(

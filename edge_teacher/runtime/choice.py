@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_teacher.contract.errors import CheckFailed
-from edge_teacher.runtime.candidates import Candidate, candidates
 from edge_teacher.runtime.live import LiveSession
 from edge_teacher.runtime.machine import Machine, driver_missing, find_machine
 from edge_teacher.runtime.model import CPU_DIALECTS, GPU_DIALECTS, Model
+from edge_teacher.runtime.opened import Candidate
 from edge_teacher.runtime.session import Session
 from edge_teacher.runtime.trial import resident_bytes
 from edge_teacher.runtime.worker import Worker
@@ -50,9 +50,13 @@ def open_session(
 
     def search() -> tuple[list[Candidate], dict[str, str], Callable[[], int]]:
         machine = find()
+        if machine.cuda is None:
+            return [], machine.absent, lambda: 0
+        # Everything about TensorRT is read only where there is a GPU: a start is waited for.
+        from edge_teacher.runtime.candidates import candidates
+
         found = candidates(model, machine, threads=threads, engines=engines, worker=worker)
-        cuda = machine.cuda
-        return found, machine.absent, (lambda: 0) if cuda is None else cuda.free_bytes
+        return found, machine.absent, machine.cuda.free_bytes
 
     # Without a driver there is nothing to try: what is missing is known at once.
     if wait or base is None or (find is find_machine and driver_missing()):

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from edge_teacher.contract.errors import CheckFailed, FedsaError, RuntimeFailed
 from edge_teacher.contract.messages import EngineState, RuntimeInfo
-from edge_teacher.runtime.candidates import Candidate, Opened
 from edge_teacher.runtime.model import Model
+from edge_teacher.runtime.opened import Candidate, Opened, Watch
 from edge_teacher.runtime.session import Session
-from edge_teacher.runtime.tensorrt.build import Watch
 from edge_teacher.runtime.trial import (
     Trial,
     ms_per_image,

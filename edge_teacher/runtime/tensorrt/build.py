@@ -5,22 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from edge_teacher.contract.errors import CheckFailed
+from edge_teacher.runtime.opened import Watch
 from edge_teacher.runtime.tensorrt.key import Options, Profile, version_of
-
-
-@dataclass(frozen=True)
-class Watch:
-    """How a build is watched, and ended before its time."""
-
-    progress: Callable[[float], None] = lambda _share: None
-    """Told the share that is done, from 0 to 1, never less than before."""
-    cancelled: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from types import ModuleType
 from edge_teacher.contract.errors import CheckFailed
 from edge_teacher.runtime.cuda import Gpu
 from edge_teacher.runtime.cut import cut
-from edge_teacher.runtime.tensorrt.build import Watch, build
+from edge_teacher.runtime.opened import Watch
+from edge_teacher.runtime.tensorrt.build import build
 from edge_teacher.runtime.tensorrt.cache import EngineCache
 from edge_teacher.runtime.tensorrt.key import (
     EngineKey,

@@ -77,7 +77,8 @@ _LOOK = """
 import json, sys
 import numpy as np
 import tensorrt_bindings as trt
-from edge_teacher.runtime.tensorrt.build import Watch, _monitor, logger
+from edge_teacher.runtime.opened import Watch
+from edge_teacher.runtime.tensorrt.build import _monitor, logger
 from edge_teacher.runtime.tensorrt.key import version_of
 
 used, signatures = json.loads(sys.argv[1])

@@ -9,7 +9,8 @@ import pytest
 
 from edge_teacher.contract.errors import CheckFailed
 from edge_teacher.runtime.cut import cut, outputs_of
-from edge_teacher.runtime.tensorrt.build import Phases, Watch, build
+from edge_teacher.runtime.opened import Watch
+from edge_teacher.runtime.tensorrt.build import Phases, build
 from edge_teacher.runtime.tensorrt.key import Options, profile_for
 from export.checks.tensorrt import installed_tensorrt
 from tests.edge_teacher.runtime.shipped import GRAPHS, TEACHERS, graph, half_of

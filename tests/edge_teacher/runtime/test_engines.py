@@ -14,8 +14,8 @@ import pytest
 
 from edge_teacher.contract.errors import CheckFailed
 from edge_teacher.runtime.cuda import Gpu
+from edge_teacher.runtime.opened import Watch
 from edge_teacher.runtime.tensorrt import cache as module
-from edge_teacher.runtime.tensorrt.build import Watch
 from edge_teacher.runtime.tensorrt.cache import EngineCache
 from edge_teacher.runtime.tensorrt.key import (
     EngineKey,

@@ -19,10 +19,10 @@ import pytest
 
 from edge_teacher.contract.errors import FedsaError
 from edge_teacher.runtime import OnnxRuntimeSession, open_session
-from edge_teacher.runtime.candidates import Candidate, Opened, candidates
+from edge_teacher.runtime.candidates import candidates
 from edge_teacher.runtime.machine import GPU_PROVIDERS, Machine, find_machine
 from edge_teacher.runtime.model import Model
-from edge_teacher.runtime.tensorrt.build import Watch
+from edge_teacher.runtime.opened import Candidate, Opened, Watch
 from edge_teacher.runtime.tensorrt.family import EngineFamily
 from edge_teacher.runtime.trial import Trial, ms_per_image, require_agreement
 from edge_teacher.runtime.worker import Worker
