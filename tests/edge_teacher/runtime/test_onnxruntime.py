@@ -72,7 +72,7 @@ def test_features_alone_do_not_pay_for_an_expensive_saliency() -> None:
 def test_a_part_is_kept_only_if_it_saves_time(
     share: float, worth: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_share", lambda *_: share)
+    monkeypatch.setattr(module, "_share", lambda *_, **__: share)
     session = OnnxRuntimeSession(teacher_graph(), threads=1)
     session.run(pictures(2), ["features.last"])
     assert part_of(session, "features.last") is worth
@@ -95,7 +95,7 @@ def test_a_part_that_answers_otherwise_is_not_used_and_that_is_said(
 
 
 def test_only_so_many_parts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_share", lambda *_: 0.1)
+    monkeypatch.setattr(module, "_share", lambda *_, **__: 0.1)
     monkeypatch.setattr(module, "MAX_PARTS", 1)
     session = OnnxRuntimeSession(teacher_graph(), threads=1)
     session.run(pictures(2), ["features.last"])

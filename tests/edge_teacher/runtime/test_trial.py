@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from edge_teacher.runtime.bundled import teacher_model
 from edge_teacher.runtime.model import Model, generated
 from edge_teacher.runtime.trial import Trial, difference, ms_per_image, resident_bytes, slower
 from tests.edge_teacher.nets import OWNER, TEACHER, npy, pictures, teacher_graph
+from tests.edge_teacher.runtime.shipped import TEACHERS, graph, half_of
 
 MAPS = np.random.default_rng(0).random((20, 4, 4)).astype(np.float32)
 FEATURES = np.random.default_rng(1).standard_normal((20, 3, 4, 4)).astype(np.float32)
@@ -103,6 +106,17 @@ def test_generated_images_are_the_same_everywhere_and_say_something() -> None:
     assert np.array_equal(images, generated((40, 24)))
     neighbours = np.abs(np.diff(images.astype(int), axis=2)).mean()
     assert neighbours < 25  # pictures, and no noise
+
+
+@pytest.mark.parametrize("path", TEACHERS, ids=lambda path: path.stem)
+def test_half_precision_of_every_shipped_teacher_agrees(path: Path) -> None:
+    """As docs/hardware.md says: to 6.1e-4, here as an order of magnitude."""
+    single, size = graph(path.stem)
+    images = generated(size)
+    one, half = (OnnxRuntimeSession(g, threads=1) for g in (single, half_of(path.stem)))
+    found = difference(half.run(images, one.outputs), one.run(images, one.outputs), "fp16")
+    assert found.problem == ""
+    assert 0 < found.largest < 1e-3
 
 
 class TestBundles:
