@@ -207,7 +207,9 @@ class LiveSession:
             )
             largest = None
             if wanted is not None:
-                largest = require_agreement(opened.session, wanted, images, candidate.precision)
+                largest = require_agreement(
+                    opened.session, wanted, images, self._held_to(candidate)
+                )
             else:
                 _require_finite(opened.session.run(images, opened.session.outputs))
             self._model.accept(opened.session, candidate.precision)
@@ -225,6 +227,12 @@ class LiveSession:
             self._refuse(trial, f"{type(error).__name__}: {' '.join(str(error).split())}", opened)
             return
         self._compare(trial, opened)
+
+    def _held_to(self, candidate: Candidate) -> str:
+        """The precision that explains a difference: what the CPU runs in INT8 is no measure of FP32."""
+        if self._base is None or self._base.info.precision == "fp32":
+            return candidate.precision
+        return self._base.info.precision
 
     def _refuse(self, trial: Trial, reason: str, opened: Opened | None) -> None:
         log.warning("%s: %s is not used: %s", self._model.name, trial.label, reason)

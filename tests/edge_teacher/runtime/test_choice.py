@@ -197,6 +197,12 @@ class TestPicking:
         assert session.info.name == "tensorrt"
         assert "20.0% of its canary" in session.info.why_not["tensorrt Orin int8_tensorrt"]
 
+    def test_what_the_cpu_runs_in_int8_is_no_measure_of_fp32(self, gpu: Gpu) -> None:
+        gpu.trt.factor = lambda _graph: 1.2  # far beyond what FP32 may differ from FP32
+        session = gpu.open(model(graphs={"fp32": SINGLE, "int8_cpu": SINGLE}))
+        assert (session.info.name, session.info.precision) == ("tensorrt", "fp32")
+        assert session.trials[1].largest_difference == pytest.approx(0.2, rel=1e-3)
+
     def test_a_failing_build_keeps_what_works_and_says_why(self, gpu: Gpu) -> None:
         gpu.trt.refuses = lambda _graph: "no implementation for node Conv_7"
         session = gpu.open()
