@@ -10,6 +10,7 @@ from edge_teacher.runtime.cut import outputs_of
 from edge_teacher.runtime.machine import Machine
 from edge_teacher.runtime.model import GPU_DIALECTS, Model
 from edge_teacher.runtime.opened import Candidate, Opened, Watch
+from edge_teacher.runtime.session import InPieces
 from edge_teacher.runtime.tensorrt.cache import EngineCache
 from edge_teacher.runtime.tensorrt.family import EngineFamily
 from edge_teacher.runtime.tensorrt.key import (
@@ -64,6 +65,7 @@ def _tensorrt(
         )
 
     def made_and_opened(outputs: tuple[str, ...], watch: Watch) -> tuple[TensorRTSession, Made]:
+        cuda.use()  # parts are made on another thread than the whole may have been
         made = maker.make(
             graph, outputs, precision=dialect, profile=profile, watch=watch, name=model.name
         )
@@ -76,7 +78,6 @@ def _tensorrt(
             return opened(again), again
 
     def open_(watch: Watch) -> Opened:
-        cuda.use()
         session, made = made_and_opened(outputs_of(graph, model.name), watch)
         quiet = Watch(cancelled=watch.cancelled)
         family = EngineFamily(
@@ -112,6 +113,7 @@ def _onnxruntime(
         from edge_teacher.runtime.onnxruntime import OnnxRuntimeSession
 
         options: dict[str, str] = {}
+        profile = None
         if provider == "TensorrtExecutionProvider":
             profile = profile_for(model.size)
             options = _shapes(profile)
@@ -125,16 +127,18 @@ def _onnxruntime(
                     options=Options(),
                 )
                 options |= _kept(engines, digest_of(key)[:32])
-        return Opened(
-            OnnxRuntimeSession(
-                model.graphs[dialect],
-                threads=threads,
-                name=model.name,
-                provider=provider,
-                provider_options=options,
-                precision=dialect,
-            )
+        session = OnnxRuntimeSession(
+            model.graphs[dialect],
+            threads=threads,
+            name=model.name,
+            provider=provider,
+            provider_options=options,
+            precision=dialect,
         )
+        if profile is None:
+            return Opened(session)
+        # Beyond the profile it would build another engine while a query waits for it.
+        return Opened(InPieces(session, profile.most[0]), profile.takes)
 
     return Candidate("onnxruntime", provider, dialect, version, open_)
 

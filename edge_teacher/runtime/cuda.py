@@ -93,6 +93,8 @@ class Cuda:
         self._call("cuCtxSetCurrent", self._context)
 
     def free_bytes(self) -> int:
+        """What the GPU could still give. Makes the GPU this thread's."""
+        self.use()
         free, total = c_size_t(), c_size_t()
         self._call("cuMemGetInfo_v2", byref(free), byref(total))
         return free.value

@@ -138,7 +138,7 @@ class LiveSession:
             use.retired = True
             idle = use.queries == 0
         if idle:
-            use.opened.close()
+            self._release(use.opened)
 
     def search(self, find: Search, *, measure_base: bool = False) -> None:
         """Try everything `find` finds; the best answers from the moment it has proved itself.
@@ -242,7 +242,7 @@ class LiveSession:
             )
             self._why_not[trial.label] = reason
         if opened is not None:
-            opened.close()
+            self._release(opened)
 
     def _compare(self, trial: Trial, opened: Opened) -> None:
         """Go over to it if it is faster than what answers now."""
@@ -253,7 +253,7 @@ class LiveSession:
             with self._lock:
                 self._trials[trial.label] = msgspec.structs.replace(trial, reason=reason)
                 self._why_not[trial.label] = reason
-            opened.close()
+            self._release(opened)
             return
         with self._lock:
             self._trials[trial.label] = trial
@@ -311,7 +311,7 @@ class LiveSession:
                 use.queries -= 1
                 last = use.retired and use.queries == 0
             if last:
-                use.opened.close()
+                self._release(use.opened)
 
     def _switch(self, opened: Opened) -> None:
         with self._lock:
@@ -322,7 +322,14 @@ class LiveSession:
                 idle = before.queries == 0
             self._detail = ""
         if before is not None and idle:
-            before.opened.close()
+            self._release(before.opened)
+
+    def _release(self, opened: Opened) -> None:
+        """After some errors CUDA takes nothing back any more: what it says then is no query's affair."""
+        try:
+            opened.close()
+        except RuntimeFailed as error:
+            log.warning("%s: the GPU's memory cannot be given back: %s", self._model.name, error)
 
     def _give_up(self, opened: Opened, error: RuntimeFailed) -> None:
         """What failed once on the GPU is not trusted again before a restart: the CPU answers."""

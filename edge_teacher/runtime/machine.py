@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import sys
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
 from edge_teacher.contract.errors import CheckFailed
@@ -42,8 +43,9 @@ def driver_missing() -> str:
     return ""
 
 
+@cache
 def find_machine() -> Machine:
-    """Look at everything. Where there is a GPU this takes a second or more."""
+    """Look at everything, once. Where there is a GPU this takes a second or more."""
     absent: dict[str, str] = {}
     missing = driver_missing()
     cuda = None

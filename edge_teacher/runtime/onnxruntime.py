@@ -128,6 +128,9 @@ class OnnxRuntimeSession:
             return known
         if wanted >= set(self._outputs) or not wanted <= set(self._outputs) or not len(images):
             return self._whole
+        # This provider would build an engine for the part, for minutes, while a query waits for it.
+        if self._provider == TENSORRT:
+            return self._whole
         if not self._judging.acquire(blocking=False):
             return self._whole
         try:

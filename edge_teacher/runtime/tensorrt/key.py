@@ -6,6 +6,8 @@ import hashlib
 from types import ModuleType
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from edge_teacher.runtime.cuda import Gpu
 from edge_teacher.runtime.cut import digest
@@ -24,6 +26,10 @@ class Profile(msgspec.Struct, frozen=True):
     best: Shape
     """What it is tuned for."""
     most: Shape
+
+    def takes(self, images: NDArray[np.uint8]) -> bool:
+        """Whether images uint8[N, H, W, 3] are of a size within it; N is the session's affair."""
+        return self.fits(images.shape[1], images.shape[2])
 
     def fits(self, height: int, width: int) -> bool:
         return all(

@@ -91,7 +91,7 @@ class TensorRTSession:
 
     def fits(self, images: NDArray[np.uint8]) -> bool:
         """Whether the engine was built for images uint8[N, H, W, 3] of this size."""
-        return self._profile.fits(images.shape[1], images.shape[2])
+        return self._profile.takes(images)
 
     def run(
         self, images: NDArray[np.uint8], outputs: Sequence[str]
@@ -109,10 +109,17 @@ class TensorRTSession:
             )
         most = self._profile.most[0]
         with self._lane() as lane:
-            pieces = [
-                lane.run(images[start : start + most], outputs)
-                for start in range(0, len(images), most)
-            ]
+            try:
+                pieces = [
+                    lane.run(images[start : start + most], outputs)
+                    for start in range(0, max(1, len(images)), most)
+                ]
+            except RuntimeFailed:
+                raise
+            except Exception as error:  # the bindings raise types of Python's own
+                raise RuntimeFailed(
+                    f"TensorRT failed on images {list(images.shape)}: {error}"
+                ) from error
         if len(pieces) == 1:
             return pieces[0]
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in outputs}

@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 
 from edge_teacher.runtime.cuda import SIGNATURES, Cuda
 
-OUT_OF_MEMORY = 2
+OUT_OF_MEMORY, NO_CONTEXT = 2, 201
 _PREFIX = b"engine of "
 
 
@@ -37,6 +37,7 @@ class FakeDriver:
         self.held: dict[int, Any] = {}
         self.calls: Counter[str] = Counter()
         self.streams = 0
+        self._thread = threading.local()
         for name, types in SIGNATURES.items():
             setattr(self, name, CFUNCTYPE(c_int, *types)(self._counted(name)))
 
@@ -45,6 +46,8 @@ class FakeDriver:
             self.calls[name] += 1
             if self.fail.get(name):
                 return self.fail[name]
+            if name.startswith(("cuMem", "cuStream")) and not hasattr(self._thread, "context"):
+                return NO_CONTEXT
             return getattr(self, f"_{name.removesuffix('_v2')}")(*arguments) or 0
 
         return call
@@ -80,7 +83,8 @@ class FakeDriver:
         context[0] = 4096
 
     def _cuCtxSetCurrent(self, context: int) -> int:
-        return 0 if context == 4096 else 201
+        self._thread.context = context
+        return 0 if context == 4096 else NO_CONTEXT
 
     def _cuMemGetInfo(self, free: Any, total: Any) -> None:
         free[0] = self.memory - sum(map(len, self.held.values()))

@@ -327,6 +327,20 @@ class TestAnswering:
         assert "the CPU answers instead" in caplog.text
         assert gpu.driver.held == {}
 
+    def test_a_gpu_that_takes_nothing_back_any_more_costs_no_query_its_answer(
+        self, gpu: Gpu, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """As after an illegal access: every later call fails too."""
+        session = gpu.open()
+        gpu.trt.executes = False
+        gpu.driver.fail = dict.fromkeys(
+            ("cuMemFree_v2", "cuMemFreeHost", "cuStreamDestroy_v2"), 700
+        )
+        right(session)
+        assert session.info.engine == "failed"
+        assert "cannot be given back: cuMemFree_v2 failed with 700" in caplog.text
+        right(session)
+
     def test_features_alone_get_an_engine_of_their_own(self, gpu: Gpu) -> None:
         session = gpu.open()
         same(session.run(IMAGES, ["features.last"])["features.last"], FEATURES)

@@ -55,6 +55,7 @@ def test_bytes_reach_the_gpu_and_come_back(integrated: bool) -> None:
 def test_a_buffer_that_the_gpu_has_no_room_for_leaves_nothing_behind() -> None:
     driver = FakeDriver(memory=150)
     cuda = Cuda(driver)
+    cuda.use()
     with pytest.raises(RuntimeFailed, match=f"cuMemAlloc_v2 failed with {OUT_OF_MEMORY}"):
         cuda.buffer(100)
     assert driver.held == {}

@@ -122,6 +122,17 @@ def test_a_failing_kernel_is_one_sentence_and_the_lane_is_free_again() -> None:
     same(session.run(pictures(2), ["saliency"])["saliency"], teacher_answers(pictures(2))[1])
 
 
+def test_what_the_bindings_raise_is_one_sentence_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = opened()
+
+    def fail(*_: object) -> None:
+        raise TypeError("incompatible function arguments")
+
+    monkeypatch.setattr("tests.edge_teacher.runtime.fake_gpu._Context.execute_async_v3", fail)
+    with pytest.raises(RuntimeFailed, match="incompatible function arguments"):
+        session.run(pictures(2), BOTH)
+
+
 def test_closing_gives_everything_back_and_is_final() -> None:
     driver = FakeDriver()
     trt = FakeTensorRT()
