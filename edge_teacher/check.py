@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import platform
 import sys
@@ -78,6 +79,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Raises UsageError for a path or key, CheckFailed for the bundle or if nothing here executes it."""
+    # An engine takes minutes on a small board: that something is being done is worth a line.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     bundle = bundles.read(options.bundle, [read_public(path) for path in options.owner_key])
     report = check(
         bundle,

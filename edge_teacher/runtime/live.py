@@ -195,6 +195,7 @@ class LiveSession:
         )
         opened = None
         watch = Watch(progress=self._note_progress, cancelled=self._worker.cancelled)
+        log.info("%s: trying %s", self._model.name, candidate.label)
         resident, free, started = resident_bytes(), free_bytes(), time.monotonic()
         try:
             opened = candidate.open(watch)
@@ -365,7 +366,11 @@ class LiveSession:
 
     def _note_progress(self, share: float) -> None:
         with self._lock:
+            tenths = int(share * 10)
+            worth_a_line = tenths != int(self._progress * 10) and tenths > 0
             self._progress = share
+        if worth_a_line:
+            log.info("%s: %d %% of an engine is built", self._model.name, tenths * 10)
 
 
 def _require_finite(found: Answers) -> None:
