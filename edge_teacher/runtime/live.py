@@ -29,6 +29,8 @@ from edge_teacher.runtime.worker import Worker
 
 log = logging.getLogger(__name__)
 
+_MOST_SAID = 400
+
 Answers = Mapping[str, NDArray[np.float32]]
 Search = Callable[[], tuple[list[Candidate], dict[str, str], Callable[[], int]]]
 """(what to try, what is absent and why, free memory of the GPU): takes its time, so it is called late."""
@@ -73,6 +75,7 @@ class LiveSession:
         self._progress = 0.0
         self._detail = ""
         self._gpu = ""
+        self._switched = 0
         self._elsewhere: set[tuple[int, int]] = set()
         self._trials: dict[str, Trial] = {}
         self._picked = ""
@@ -97,6 +100,11 @@ class LiveSession:
     def outputs(self) -> tuple[str, ...]:
         with self._lock:
             return self._current().opened.session.outputs
+
+    @property
+    def switched(self) -> int:
+        """How often it has changed over: what was learnt of another runtime's times holds no longer."""
+        return self._switched
 
     @property
     def answers(self) -> bool:
@@ -225,7 +233,7 @@ class LiveSession:
             return
         except Exception as error:  # a runtime's own kind: it must not end the search
             log.exception("%s: %s failed", self._model.name, candidate.label)
-            self._refuse(trial, f"{type(error).__name__}: {' '.join(str(error).split())}", opened)
+            self._refuse(trial, f"{type(error).__name__}: {error}", opened)
             return
         self._compare(trial, opened)
 
@@ -235,7 +243,8 @@ class LiveSession:
             return candidate.precision
         return self._base.info.precision
 
-    def _refuse(self, trial: Trial, reason: str, opened: Opened | None) -> None:
+    def _refuse(self, trial: Trial, said: str, opened: Opened | None) -> None:
+        reason = _line(said)
         log.warning("%s: %s is not used: %s", self._model.name, trial.label, reason)
         with self._lock:
             self._trials[trial.label] = msgspec.structs.replace(
@@ -317,6 +326,7 @@ class LiveSession:
     def _switch(self, opened: Opened) -> None:
         with self._lock:
             before, self._use = self._use, _Use(opened)
+            self._switched += 1
             idle = False
             if before is not None:
                 before.retired = True
@@ -339,7 +349,7 @@ class LiveSession:
             if self._use is None or self._use.opened is not opened:
                 return  # another query has seen it too
             label = self._picked
-        reason = f"failed while it answered, and is not used before the next start: {error}"
+        reason = f"failed while it answered, and is not used before the next start: {_line(error)}"
         log.error("%s: %s %s; the CPU answers instead", self._model.name, label, reason)
         self._switch(Opened(self._base))
         info = self._base.info
@@ -377,6 +387,12 @@ def _require_finite(found: Answers) -> None:
     for name, values in found.items():
         if not np.isfinite(values).all():
             raise CheckFailed(f"{name} is not finite on the probe images")
+
+
+def _line(said: object) -> str:
+    """A runtime may say pages; the card is one message, and people read lines."""
+    text = " ".join(str(said).split())
+    return text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}…"
 
 
 def _ms(trial: Trial) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -94,6 +96,28 @@ def test_bad_input_is_one_sentence_and_the_documented_code(
     assert (found, said.out) == (code, "")
     assert sentence in said.err.strip().splitlines()[-1]
     assert "Traceback" not in said.err
+
+
+def test_a_device_without_onnx_runtime_and_without_a_gpu_is_told_so_in_one_sentence(
+    folder: Path,
+) -> None:
+    """Everything is imported without it: JetPack's TensorRT may be all there is."""
+    program = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "from edge_teacher.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words()],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("edge-teacher: nothing on this machine executes teacher.onnx (")
+    assert "onnxruntime: Python" in line
 
 
 def test_with_a_gpu_every_choice_has_its_line_and_engines_are_left_for_the_agent(

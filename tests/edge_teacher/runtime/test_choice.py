@@ -212,6 +212,15 @@ class TestPicking:
         assert "no implementation for node Conv_7" in info.detail
         assert [trial.state for trial in session.trials] == ["picked", "refused"]
 
+    def test_of_pages_that_a_runtime_says_the_card_gets_a_line(self, gpu: Gpu) -> None:
+        def refuse(session: Session, _dialect: str) -> None:
+            if session.info.name == "tensorrt":
+                raise CheckFailed("word\n" * 1000)
+
+        reason = gpu.open(model(accept=refuse)).info.why_not["tensorrt Orin fp32"]
+        assert len(reason) < 500
+        assert reason.startswith("word word")
+
     def test_without_onnx_runtime_the_start_waits_for_an_engine(
         self, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -260,10 +269,12 @@ class TestInTheBackground:
         right(session)
         info = session.info
         assert (info.name, info.engine) == ("onnxruntime", "building")
+        assert session.switched == 0
         assert 0 < info.engine_progress < 1
         gpu.trt.gate.set()
         info = gpu.until(session, lambda info: info.engine == "ready")
         assert (info.name, info.engine_progress) == ("tensorrt", 0.0)
+        assert session.switched == 1
         right(session)
 
     def test_queries_go_on_right_while_it_changes_over(self, gpu: Gpu) -> None:
