@@ -11,7 +11,7 @@ from edge_teacher.contract.errors import CheckFailed
 from edge_teacher.runtime.live import LiveSession
 from edge_teacher.runtime.machine import Machine, driver_missing, find_machine
 from edge_teacher.runtime.model import CPU_DIALECTS, GPU_DIALECTS, Model
-from edge_teacher.runtime.opened import Candidate
+from edge_teacher.runtime.opened import Found
 from edge_teacher.runtime.session import Session
 from edge_teacher.runtime.trial import resident_bytes
 from edge_teacher.runtime.worker import Worker
@@ -48,15 +48,18 @@ def open_session(
         resident_before=resident,
     )
 
-    def search() -> tuple[list[Candidate], dict[str, str], Callable[[], int]]:
+    def search() -> Found:
         machine = find()
         if machine.cuda is None:
-            return [], machine.absent, lambda: 0
+            return Found([], machine.absent)
         # Everything about TensorRT is read only where there is a GPU: a start is waited for.
         from edge_teacher.runtime.candidates import candidates
 
         found = candidates(model, machine, threads=threads, engines=engines, worker=worker)
-        return found, machine.absent, machine.cuda.free_bytes
+        gpu = machine.cuda.gpu
+        return Found(
+            found, machine.absent, f"{gpu.name} ({gpu.architecture})", machine.cuda.free_bytes
+        )
 
     # Without a driver there is nothing to try: what is missing is known at once.
     if wait or base is None or (find is find_machine and driver_missing()):

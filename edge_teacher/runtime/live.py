@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edge_teacher.contract.errors import CheckFailed, FedsaError, RuntimeFailed
 from edge_teacher.contract.messages import EngineState, RuntimeInfo
 from edge_teacher.runtime.model import Model
-from edge_teacher.runtime.opened import Candidate, Opened, Watch
+from edge_teacher.runtime.opened import Candidate, Found, Opened, Watch
 from edge_teacher.runtime.session import Session
 from edge_teacher.runtime.trial import (
     Trial,
@@ -32,8 +32,6 @@ log = logging.getLogger(__name__)
 _MOST_SAID = 400
 
 Answers = Mapping[str, NDArray[np.float32]]
-Search = Callable[[], tuple[list[Candidate], dict[str, str], Callable[[], int]]]
-"""(what to try, what is absent and why, free memory of the GPU): takes its time, so it is called late."""
 
 
 class _Use:
@@ -148,14 +146,17 @@ class LiveSession:
         if idle:
             self._release(use.opened)
 
-    def search(self, find: Search, *, measure_base: bool = False) -> None:
+    def search(self, find: Callable[[], Found], *, measure_base: bool = False) -> None:
         """Try everything `find` finds; the best answers from the moment it has proved itself.
 
-        `measure_base`: also where there is nothing to choose from.
+        `find` may take its time: nobody waits for it but this thread. `measure_base`: also where there is
+        nothing to choose from.
         """
-        found, absent, free_bytes = find()
+        machine = find()
+        found = machine.candidates
         with self._lock:
-            self._why_not |= absent
+            self._why_not |= machine.absent
+            self._gpu = machine.gpu
             if any(candidate.runtime == "tensorrt" for candidate in found):
                 self._engine = "building"
         wanted, images = None, self._model.images()
@@ -167,7 +168,7 @@ class LiveSession:
         for candidate in found:
             if self._worker.cancelled.is_set():
                 return
-            self._try(candidate, images, wanted, free_bytes)
+            self._try(candidate, images, wanted, machine.free_bytes)
         self._settle(found)
 
     # ── trying ───────────────────────────────────────────────────────────────────────────────

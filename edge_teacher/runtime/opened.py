@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,6 +41,10 @@ class Opened:
     notes: tuple[str, ...] = ()
 
 
+def _no_gpu() -> int:
+    return 0
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One possible choice. `open` raises CheckFailed or RuntimeFailed with the runtime's own words."""
@@ -54,3 +58,17 @@ class Candidate:
     @property
     def label(self) -> str:
         return f"{self.runtime} {self.provider} {self.precision}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is to be tried on a machine."""
+
+    candidates: list[Candidate]
+    """Likely the fastest first."""
+    absent: Mapping[str, str]
+    """What there is none of, and why."""
+    gpu: str = ""
+    """Name and architecture."""
+    free_bytes: Callable[[], int] = _no_gpu
+    """What the GPU could still give."""

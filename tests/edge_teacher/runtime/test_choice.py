@@ -17,6 +17,7 @@ from edge_teacher.runtime import LiveSession, Model, choice, live, open_session
 from edge_teacher.runtime.machine import Machine, find_machine
 from edge_teacher.runtime.session import Session
 from edge_teacher.runtime.tensorrt import family
+from export.checks.tensorrt import installed_tensorrt
 from tests.edge_teacher.nets import pictures, teacher_answers, teacher_graph
 from tests.edge_teacher.runtime.fake_gpu import FakeDriver, FakeTensorRT, fake_cuda
 from tests.edge_teacher.runtime.same import same
@@ -90,7 +91,7 @@ class Gpu:
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     found = Gpu(tmp_path, monkeypatch)
     yield found
-    if found.trt.gate is not None:
+    if isinstance(found.trt, FakeTensorRT) and found.trt.gate is not None:
         found.trt.gate.set()
     for session in found.opened:
         session.close()
@@ -209,8 +210,25 @@ class TestPicking:
         right(session)
         info = session.info
         assert (info.name, info.engine) == ("onnxruntime", "failed")
+        assert info.gpu == "Orin (8.7)"
         assert "no implementation for node Conv_7" in info.detail
         assert [trial.state for trial in session.trials] == ["picked", "refused"]
+
+    def test_the_real_builder_s_engine_that_the_real_runtime_cannot_load_here(
+        self, gpu: Gpu
+    ) -> None:
+        """TensorRT-RTX builds without a GPU, and then says in its own words that there is none."""
+        rtx = installed_tensorrt()
+        if rtx is None:
+            pytest.skip("tensorrt_rtx is not installed")
+        gpu.trt = rtx  # type: ignore[assignment]
+        session = gpu.open()
+        right(session)
+        assert (session.info.name, session.info.engine) == ("onnxruntime", "failed")
+        assert "cannot load the engine of mine: IRuntime::deserializeCudaEngine" in (
+            session.info.detail
+        )
+        assert len(list(gpu.folder.glob("*.engine"))) == 1
 
     def test_of_pages_that_a_runtime_says_the_card_gets_a_line(self, gpu: Gpu) -> None:
         def refuse(session: Session, _dialect: str) -> None:
