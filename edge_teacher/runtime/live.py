@@ -159,8 +159,10 @@ class LiveSession:
             self._gpu = machine.gpu
             if any(candidate.runtime == "tensorrt" for candidate in found):
                 self._engine = "building"
+        if not found and not measure_base:
+            return
         wanted, images = None, self._model.images()
-        if self._base is not None and (found or measure_base):
+        if self._base is not None:
             wanted = self._base.run(images, self._base.outputs)
             self._measure_base(self._base, images)
         if found:
@@ -205,8 +207,8 @@ class LiveSession:
         opened = None
         watch = Watch(progress=self._note_progress, cancelled=self._worker.cancelled)
         log.info("%s: trying %s", self._model.name, candidate.label)
-        resident, free, started = resident_bytes(), free_bytes(), time.monotonic()
         try:
+            resident, free, started = resident_bytes(), free_bytes(), time.monotonic()
             opened = candidate.open(watch)
             spent = time.monotonic() - started
             trial = msgspec.structs.replace(
@@ -257,6 +259,9 @@ class LiveSession:
 
     def _compare(self, trial: Trial, opened: Opened) -> None:
         """Go over to it if it is faster than what answers now."""
+        if self._worker.cancelled.is_set():
+            self._release(opened)
+            return
         with self._lock:
             best = self._trials.get(self._picked)
         if best is not None and slower(trial, best):

@@ -324,6 +324,21 @@ class TestInTheBackground:
         assert "runtime" not in {thread.name for thread in threading.enumerate()}
         right(session)  # the CPU still answers who asks
 
+    def test_what_proves_itself_after_the_end_is_not_taken(self, gpu: Gpu) -> None:
+        def close_meanwhile(tried: Session, _dialect: str) -> None:
+            if tried.info.name == "tensorrt":
+                gpu.opened[0].close()
+
+        gpu.trt.gate = threading.Event()
+        session = gpu.open(model(accept=close_meanwhile), wait=False)
+        assert gpu.trt.begun.wait(WAIT_S)
+        gpu.trt.gate.set()
+        thread = session._worker._thread
+        assert thread is not None
+        thread.join(WAIT_S)
+        assert session.info.name == "onnxruntime"
+        assert gpu.driver.held == {}
+
     def test_closing_gives_the_gpu_s_memory_back(self, gpu: Gpu) -> None:
         session = gpu.open()
         assert gpu.driver.held
