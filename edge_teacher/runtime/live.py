@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_teacher.contract.errors import CheckFailed, FedsaError, RuntimeFailed
+from edge_teacher.contract.errors import FedsaError, RuntimeFailed
 from edge_teacher.contract.messages import EngineState, RuntimeInfo
 from edge_teacher.runtime.model import Model
 from edge_teacher.runtime.opened import Candidate, Found, Opened, Watch
@@ -21,15 +21,15 @@ from edge_teacher.runtime.session import Session
 from edge_teacher.runtime.trial import (
     Trial,
     ms_per_image,
+    one_line,
     require_agreement,
+    require_finite,
     resident_bytes,
     slower,
 )
 from edge_teacher.runtime.worker import Worker
 
 log = logging.getLogger(__name__)
-
-_MOST_SAID = 400
 
 Answers = Mapping[str, NDArray[np.float32]]
 
@@ -223,7 +223,7 @@ class LiveSession:
                     opened.session, wanted, images, self._held_to(candidate)
                 )
             else:
-                _require_finite(opened.session.run(images, opened.session.outputs))
+                require_finite(opened.session.run(images, opened.session.outputs))
             self._model.accept(opened.session, candidate.precision)
             trial = msgspec.structs.replace(
                 trial,
@@ -247,7 +247,7 @@ class LiveSession:
         return self._base.info.precision
 
     def _refuse(self, trial: Trial, said: str, opened: Opened | None) -> None:
-        reason = _line(said)
+        reason = one_line(said)
         log.warning("%s: %s is not used: %s", self._model.name, trial.label, reason)
         with self._lock:
             self._trials[trial.label] = msgspec.structs.replace(
@@ -265,7 +265,7 @@ class LiveSession:
         with self._lock:
             best = self._trials.get(self._picked)
         if best is not None and slower(trial, best):
-            reason = f"slower than {best.label}: {_ms(trial)} and not {_ms(best)}"
+            reason = f"slower than {best.label}: {trial.times} and not {best.times}"
             with self._lock:
                 self._trials[trial.label] = msgspec.structs.replace(trial, reason=reason)
                 self._why_not[trial.label] = reason
@@ -276,10 +276,10 @@ class LiveSession:
             self._picked = trial.label
             if best is not None and best.runtime:
                 self._why_not[best.label] = (
-                    f"slower than {trial.label}: {_ms(best)} and not {_ms(trial)}"
+                    f"slower than {trial.label}: {best.times} and not {trial.times}"
                 )
         self._switch(opened)
-        log.info("%s is answered by %s: %s", self._model.name, trial.label, _ms(trial))
+        log.info("%s is answered by %s: %s", self._model.name, trial.label, trial.times)
         self._changed()
 
     def _settle(self, found: list[Candidate]) -> None:
@@ -355,7 +355,9 @@ class LiveSession:
             if self._use is None or self._use.opened is not opened:
                 return  # another query has seen it too
             label = self._picked
-        reason = f"failed while it answered, and is not used before the next start: {_line(error)}"
+        reason = (
+            f"failed while it answered, and is not used before the next start: {one_line(error)}"
+        )
         log.error("%s: %s %s; the CPU answers instead", self._model.name, label, reason)
         self._switch(Opened(self._base))
         info = self._base.info
@@ -387,20 +389,3 @@ class LiveSession:
             self._progress = share
         if worth_a_line:
             log.info("%s: %d %% of an engine is built", self._model.name, tenths * 10)
-
-
-def _require_finite(found: Answers) -> None:
-    for name, values in found.items():
-        if not np.isfinite(values).all():
-            raise CheckFailed(f"{name} is not finite on the probe images")
-
-
-def _line(said: object) -> str:
-    """A runtime may say pages; the card is one message, and people read lines."""
-    text = " ".join(str(said).split())
-    return text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}…"
-
-
-def _ms(trial: Trial) -> str:
-    one, many = trial.ms_per_image
-    return f"{many:.3g} ms per image in batches of 32, {one:.3g} alone"

@@ -25,6 +25,7 @@ MAPS_AGREE = 0.9
 """Share of saliency maps that have to agree: where two classes are nearly as likely, a map may explain the
 other one, whatever the precision."""
 _ROUNDS = 5
+_MOST_SAID = 400
 _ENOUGH_S = 0.5
 
 
@@ -53,6 +54,12 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def label(self) -> str:
         return f"{self.runtime} {self.provider} {self.precision}"
+
+    @property
+    def times(self) -> str:
+        """What was measured, for a sentence."""
+        one, many = self.ms_per_image
+        return f"{many:.3g} ms per image in batches of 32, {one:.3g} alone"
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -102,6 +109,19 @@ def require_agreement(
     if found.problem:
         raise CheckFailed(found.problem)
     return found.largest
+
+
+def require_finite(found: Mapping[str, NDArray[np.float32]]) -> None:
+    """All that can be asked where there is no CPU's answer. Raises CheckFailed."""
+    for name, values in found.items():
+        if not np.isfinite(values).all():
+            raise CheckFailed(f"{name} is not finite on the probe images")
+
+
+def one_line(said: object) -> str:
+    """A runtime may say pages; the card is one message, and people read lines."""
+    text = " ".join(str(said).split())
+    return text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}…"
 
 
 def ms_per_image(session: Session, images: NDArray[np.uint8]) -> tuple[float, ...]:

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from tests.edge_teacher.runtime.stub_library import stub_library
-from tests.examples import ROOT
 
 VERSIONS = {
     "10.3.0": "JetPack 6.1 and 6.2",
@@ -25,6 +24,7 @@ VERSIONS = {
     "10.16.1.11": "nearest to JetPack 7.2",
     "11.4.0.106": "workstations",
 }
+ROOT = Path(__file__).resolve().parents[3]
 BINDINGS = Path(sys.prefix) / "tensorrt-bindings"
 FUNCTIONS = (
     "createInferBuilder_INTERNAL",
