@@ -36,6 +36,11 @@ class TeacherCard(msgspec.Struct, frozen=True, kw_only=True, tag="teacher", tag_
 
     teacher: TeacherInfo
     graph: str = "teacher.onnx"
+    half: str = ""
+    """The graph in half precision, for GPUs: casts inside, the same uint8 input and float32 outputs. Empty
+    where there is none; a device from before this field leaves it alone."""
+    probe: str = ""
+    """uint8[N, H, W, 3] as .npy that runtimes are compared on, if the owner gives some away."""
     format: Literal[1] = 1
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge_teacher import __version__
+from edge_teacher import __version__, check
 from edge_teacher import bundle as bundles
 from edge_teacher.agent import daemon, settings
 from edge_teacher.bundle import TeacherCard
@@ -34,6 +34,8 @@ def parser() -> argparse.ArgumentParser:
         "it again.",
     )
     _add_run_flags(run)
+
+    check.add_parser(commands, _cores)
 
     info = commands.add_parser("info", help="verify a bundle and print its card as JSON")
     info.add_argument("bundle", type=Path)
@@ -99,7 +101,7 @@ def _number(text: str, what: str, most: int) -> int:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
-        return {"run": _run, "info": _info}[options.command](options)
+        return {"run": _run, "check": check.run, "info": _info}[options.command](options)
     except FedsaError as error:
         print(f"edge-teacher: {error}", file=sys.stderr)
         return error.exit_code

@@ -40,6 +40,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     saliency_tap: str = ""
     """Default: the last of `taps`."""
     publish_logits: bool = False
+    half: bool = True
+    """Carry a copy in half precision for GPUs, if its maps agree and TensorRT takes it."""
+    publish_probe: bool = False
+    """Carry the photographs that were checked on, so that a device proves its runtimes on them too. They can
+    then be seen by whoever has the bundle."""
     version: Annotated[int, Meta(ge=1)] = 1
 
     def __post_init__(self) -> None:

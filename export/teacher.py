@@ -9,6 +9,7 @@ ONNX file ───────────────────────�
 from __future__ import annotations
 
 import importlib.util
+import io
 import math
 import sys
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from edge_teacher.bundle import Bundle, TeacherCard
 from edge_teacher.contract.errors import UsageError
 from edge_teacher.contract.images import check_images
 from edge_teacher.contract.messages import TapInfo, TeacherInfo
+from export.checks.fp16 import to_half
 from export.checks.teacher import check_teacher
 from export.graph import build_teacher_graph
 from export.graph.network import session
@@ -37,6 +39,8 @@ from export.manifest import Manifest
 from export.torch_to_onnx import torch_to_onnx
 
 GRAPH = "teacher.onnx"
+HALF = "teacher.fp16.onnx"
+PROBE = "probe.images.npy"
 LOGITS = "logits"
 CHECKED_IMAGES = 8
 
@@ -66,6 +70,11 @@ def export_teacher(
     UsageError for a network that cannot be loaded, UnsupportedNetwork for one the compiler refuses,
     CheckFailed if the graph does not compute what the network does.
     """
+    if manifest.publish_probe and photographs is None:
+        raise UsageError(
+            f"{manifest.name!r} is to carry photographs (publish_probe), and none were given; name a "
+            "folder with --photographs"
+        )
     source = load_source(manifest, folder)
     graph = teacher_graph(source, manifest)
     if photographs is None:
@@ -101,7 +110,20 @@ def export_teacher(
         GRAPH: graph.SerializeToString(),
         "report.json": msgspec.json.format(msgspec.json.encode(report), indent=1),
     }
-    return bundles.write(out, TeacherCard(teacher=info, graph=GRAPH), files, key)
+    card = TeacherCard(teacher=info, graph=GRAPH)
+    if manifest.half and report.half is not None and report.half.usable:
+        files[HALF] = to_half(graph).SerializeToString()
+        card = msgspec.structs.replace(card, half=HALF)
+    if manifest.publish_probe:
+        files[PROBE] = npy(images)
+        card = msgspec.structs.replace(card, probe=PROBE)
+    return bundles.write(out, card, files, key)
+
+
+def npy(images: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, images)
+    return file.getvalue()
 
 
 def load_source(manifest: Manifest, folder: Path) -> Source:

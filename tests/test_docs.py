@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -147,6 +148,21 @@ def test_looking_at_what_is_remembered_and_forgetting_it(shell: Shell) -> None:
     for kind, commands in blocks(ROOT / "docs" / "answers.md"):
         shell.run(kind, commands)
     assert "d1" in (shell.folder / "0.log").read_text()
+
+
+def test_what_a_device_has_and_what_is_run_on_a_jetson(shell: Shell) -> None:
+    for kind, commands in blocks(ROOT / "docs" / "hardware.md"):
+        if kind == "sh":
+            shell.run(kind, commands)
+    assert "picked: " in (shell.folder / "0.log").read_text()
+    report, _ = json.JSONDecoder().raw_decode((shell.folder / "1.log").read_text())
+    assert report["runtime"]["threads"] == 2
+    (on_a_jetson,) = [c for kind, c in blocks(ROOT / "docs" / "hardware.md") if kind == "sh jetson"]
+    *_, check, tests = on_a_jetson.strip().splitlines()
+    shell.run("sh", check)
+    # Where there is no GPU the tests can be found and are skipped.
+    shell.run("sh", f"cd {ROOT}\n{tests} --collect-only -q")
+    assert "test_tensorrt_answers_as_the_cpu_does" in (shell.folder / "3.log").read_text()
 
 
 @pytest.mark.timeout(600)

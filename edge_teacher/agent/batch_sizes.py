@@ -90,6 +90,10 @@ class BatchSizes(Generic[K]):
                 return near[known.again % len(near)]
         return min(best, waiting)
 
+    def forget(self) -> None:
+        """Nothing of what was measured holds any more."""
+        self._kinds.clear()
+
     def untried(self, kind: K) -> int | None:
         """The smallest size that is worth measuring and is not known yet."""
         return self._settled(kind, self._kind(kind))[1]

@@ -139,7 +139,9 @@ class Batcher:
         self.sizes: BatchSizes[Kind] = BatchSizes(
             latency_s=latency_s, fits=lambda kind, rows: memory.fits(kind.memory, rows)
         )
+        self._all_probes = tuple(probes)
         self._probes = list(probes)
+        self._anew = threading.Event()
         self._stopwatch = Stopwatch()
         self._turn = threading.Lock()
         self._works: list[Work] = []
@@ -148,6 +150,13 @@ class Batcher:
         """Those of which nothing is computed yet, by what they are about: others may join them."""
         self._not_before = 0.0
         self._stop_pause = threading.Event()
+
+    def learn_anew(self) -> None:
+        """Another runtime executes the graphs: sizes and memory are measured from the beginning.
+
+        On any thread; from the next step on.
+        """
+        self._anew.set()
 
     def serve(self, line: Line) -> None:
         while True:
@@ -173,6 +182,10 @@ class Batcher:
 
     def _next(self, line: Line) -> list[_Part] | None:
         """The next step; empty if there is nothing to do now, None when the line is closed."""
+        if self._anew.is_set():
+            self._anew.clear()
+            self.sizes.forget()
+            self._probes = list(self._all_probes)
         self._pause(line)
         self._admit(line)
         self._works = [work for work in self._works if work.left]

@@ -57,6 +57,7 @@ class MemoryCeiling:
         """
         self._resident = resident
         self._stays = resident()
+        self._runtime_grown = 0
         self.limit(ceiling_bytes)
         self._available = available
         self._trim = trim or _give_back
@@ -71,7 +72,7 @@ class MemoryCeiling:
 
     def for_questions(self, ceiling_bytes: int) -> int:
         """What such a ceiling would leave beside what stays. Raises UsageError if that is nothing."""
-        left = ceiling_bytes - self._stays
+        left = ceiling_bytes - self._stays - self._runtime_grown
         if left < _LEAST_BYTES:
             raise UsageError(
                 f"the memory ceiling of {ceiling_bytes:,} bytes leaves {left:,} for "
@@ -153,6 +154,19 @@ class MemoryCeiling:
         if more <= 0:
             return True
         return self._runtime_bytes + more <= self._for_questions // 4 and self.has_room(more)
+
+    def runtime_changed(self, grown_bytes: int) -> int:
+        """Another runtime answers, and has taken so much since the start: what is left for questions.
+
+        It is there already, so it is no error if that is next to nothing. What a step takes is learnt anew.
+        """
+        with self._lock:
+            self._runtime_grown = grown_bytes
+            left = self.ceiling_bytes - self._stays - grown_bytes
+            self._for_questions = max(_LEAST_BYTES, left)
+            self._steps = {}
+            self._runtime_bytes = 0
+            return self._for_questions
 
     def before_step(self, kind: Hashable, rows: int) -> int | None:
         """What to hand to `after_step`: None where nothing is to be learnt from this one."""

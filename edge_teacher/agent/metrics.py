@@ -42,9 +42,14 @@ def _lines(t: Telemetry, labels: Labels, connected: bool) -> Iterator[str]:
             "name": t.runtime.name,
             "version": t.runtime.version,
             "provider": t.runtime.provider,
+            "precision": t.runtime.precision,
+            "engine": t.runtime.engine,
         }
         told = "What executes the teacher."
         yield from _family("fedsa_runtime_info", "gauge", told, [({**labels, **about}, 1)])
+        building = t.runtime.engine == "building"
+        built = t.runtime.engine_progress if building else None
+        yield from one("fedsa_engine_built_ratio", "gauge", "Of an engine being built.", built)
     yield from one("fedsa_connected", "gauge", "Whether a broker is connected.", float(connected))
     yield from one("fedsa_uptime_seconds", "gauge", "Since the agent's start.", t.uptime_s)
     yield from one("fedsa_queued_requests", "gauge", "Requests that wait.", t.queued)

@@ -26,14 +26,11 @@ from edge_teacher.contract.messages import AnswerTimes, Card, State, Telemetry
 from edge_teacher.rpc.latency import Latency
 from edge_teacher.rpc.serve import Counters, Server
 from edge_teacher.rpc.transport import Message, Transport
-from edge_teacher.runtime import OnnxRuntimeSession, Session
+from edge_teacher.runtime import LiveSession, Model, dialects, open_session
+from edge_teacher.runtime.bundled import teacher_model
 from edge_teacher.slots import Students
 
 log = logging.getLogger(__name__)
-
-CPU_DIALECTS = ("int8_cpu", "fp32")
-"""Student graphs ONNX Runtime's CPU provider executes, fastest first."""
-
 
 BULK_GRACE_S = 2.0
 """After that a device is born without its second connection: what is large then takes the first."""
@@ -74,7 +71,11 @@ class Agent:
             raise CheckFailed(f"{config.bundle} holds a student; an agent runs a teacher")
         self.teacher = bundle.card.teacher
         self._bundle_digest = bundle.digest
-        self._session = self._load(bundle.file(bundle.card.graph), bundle.card.graph)
+        self._server: Server | None = None
+        self._whole = threading.Event()
+        """Everything here is made: before, a runtime that is ready early has nobody to tell."""
+        self._stopped = threading.Event()
+        self._session = self._open(teacher_model(bundle))
         self._check_outputs()
         self._machines = Machines(
             sysfs=config.sysfs, tegrastats=config.tegrastats, interval_s=config.telemetry_s
@@ -89,8 +90,8 @@ class Agent:
         self._students = Students(
             _writable(config.state / "students"),
             config.coordinator_keys,
-            self._load,
-            dialects=CPU_DIALECTS,
+            self._open,
+            dialects=dialects(),
             max_bundle_bytes=self._serving.limits.max_bundle_bytes,
         )
         self._methods, self._engine = self._serving.begin(
@@ -98,14 +99,13 @@ class Agent:
         )
         self._transport: Transport | None = None
         self._bulk: Transport | None = None
-        self._server: Server | None = None
         self._lock = threading.Lock()
         """Of start, stop and reconfigure: they come from different threads."""
         self._waits_for_bulk = False
-        self._stopped = threading.Event()
         self._telemetry_thread = threading.Thread(
             target=self._telemetry, name="telemetry", daemon=True
         )
+        self._whole.set()
 
     def card(self) -> Card:
         return Card(
@@ -142,7 +142,8 @@ class Agent:
             throttled=None if throttling is None else throttling.throttled,
             throttling="" if throttling is None else throttling.reason,
             answer_times={method: _told(latency) for method, latency in times.items()},
-            runtime=self._session.info,
+            # Why others are not used is in the card, and need not be said every few seconds.
+            runtime=msgspec.structs.replace(self._session.info, why_not={}),
             unavailable=machine.unavailable,
         )
 
@@ -201,7 +202,6 @@ class Agent:
         with self._lock:
             before = self._serving.limits
             self._serving.limit(config.limits, config.memory_bytes)
-            limits = self._serving.limits
             self.config = replace(
                 self.config,
                 allowed=config.allowed,
@@ -210,10 +210,8 @@ class Agent:
                 memory_bytes=config.memory_bytes,
                 telemetry_s=config.telemetry_s,
             )
-            self._students.reconfigure(config.coordinator_keys, limits.max_bundle_bytes)
-            if self._server is not None:
-                self._server.reconfigure(limits, config.allowed)
-        if limits != before:
+            self._bound()
+        if self._serving.limits != before:
             self._announce_card()
 
     def stuck(self, longest_s: float) -> str:
@@ -237,6 +235,8 @@ class Agent:
             server.drain()
             self._telemetry_thread.join()
             self._machines.stop()
+        for opened in (self._session, self._students):
+            opened.close()
         if self._bulk is not None and self._bulk is not self._transport:
             self._bulk.close()
         if self._transport is not None:
@@ -246,8 +246,31 @@ class Agent:
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────
 
-    def _load(self, graph: bytes, name: str) -> Session:
-        return OnnxRuntimeSession(graph, threads=self.config.threads, name=name)
+    def _open(self, model: Model) -> LiveSession:
+        return open_session(
+            model,
+            threads=self.config.threads,
+            engines=self.config.state / "engines",
+            changed=self._runtime_changed,
+        )
+
+    def _runtime_changed(self) -> None:
+        """Another runtime answers, or one was given up: the card says which."""
+        if not self._whole.is_set() or self._stopped.is_set():
+            return
+        with self._lock:
+            self._serving.runtime_changed(self._session.grown_bytes)
+            self._bound()
+            serves = self._server is not None
+        if serves:
+            self._announce_card()
+
+    def _bound(self) -> None:
+        """The limits as they are now, for whoever keeps a copy."""
+        limits = self._serving.limits
+        self._students.reconfigure(self.config.coordinator_keys, limits.max_bundle_bytes)
+        if self._server is not None:
+            self._server.reconfigure(limits, self.config.allowed)
 
     def _check_outputs(self) -> None:
         wanted = {"saliency", *(f"features.{tap}" for tap in self.teacher.taps)}

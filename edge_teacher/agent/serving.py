@@ -41,7 +41,9 @@ class Serving:
         self.images = ImageStore(self.limits, self.memory.has_room)
         self._teacher = teacher
         self._session = session
+        self._asked = limits
         self._answers: Answers | None = None
+        self._batcher: Batcher | None = None
 
     def ceiling(self, memory_bytes: int | None) -> int:
         """What the ceiling would be. Raises UsageError as at the start."""
@@ -55,10 +57,8 @@ class Serving:
         Raises UsageError as at the start; then nothing has changed.
         """
         self.memory.limit(self.ceiling(memory_bytes))
-        self.limits = limits.within(self.memory.for_questions(self.memory.ceiling_bytes))
-        self.images.limit(self.limits)
-        if self._answers is not None:
-            self._answers.limit(self.limits.max_answer_bytes)
+        self._asked = limits
+        self._set_limits(self.memory.for_questions(self.memory.ceiling_bytes))
 
     def begin(
         self, students: Students, card: Callable[[], Card], card_changed: Callable[[], None]
@@ -78,7 +78,23 @@ class Serving:
             Probe(self._session, self._teacher.input_size, frozenset(outputs))
             for outputs in (("saliency", features), (features,), ("saliency",))
         ]
-        return answers.methods(), Batcher(answers, self.memory, self.throttling, probes=probes)
+        self._batcher = Batcher(answers, self.memory, self.throttling, probes=probes)
+        return answers.methods(), self._batcher
+
+    def runtime_changed(self, grown_bytes: int) -> None:
+        """Another one answers, and has taken so much memory: the limits follow. On any thread.
+
+        What was measured of the one before says nothing about this one.
+        """
+        self._set_limits(self.memory.runtime_changed(grown_bytes))
+        if self._batcher is not None:
+            self._batcher.learn_anew()
+
+    def _set_limits(self, memory_bytes: int) -> None:
+        self.limits = self._asked.within(memory_bytes)
+        self.images.limit(self.limits)
+        if self._answers is not None:
+            self._answers.limit(self.limits.max_answer_bytes)
 
 
 def _ceiling(memory_bytes: int | None) -> int:

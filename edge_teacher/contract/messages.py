@@ -14,6 +14,7 @@ from edge_teacher.contract.limits import Limits
 
 Dtype = Literal["f16", "f32", "u8"]
 FeatureForm = Literal["maps", "pooled", "attention"]
+EngineState = Literal["none", "building", "ready", "failed"]
 
 
 class Wire(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -68,7 +69,22 @@ class RuntimeInfo(Wire, frozen=True):
     name: str
     version: str
     provider: str
+    """ONNX Runtime's execution provider, or the GPU that TensorRT runs on."""
     threads: int
+    precision: str = "fp32"
+    """Of the graph it executes: `fp32`, `fp16`, or `int8` with the dialect. Since 1.3."""
+    engine: EngineState = "none"
+    """Of a TensorRT engine: whether there is one, or what became of it. Since 1.3."""
+    engine_progress: float = 0.0
+    """How much of it is built, from 0 to 1, while it is `building`. Since 1.3."""
+    detail: str = ""
+    """What else should be known: why an engine failed, or what is answered on the CPU. Since 1.3."""
+    gpu: str = ""
+    """Name and architecture, where there is one. Since 1.3."""
+    ms_per_image: tuple[float, ...] = ()
+    """Measured on this device at the batches 1 and 32; empty where there was no choice to make. Since 1.3."""
+    why_not: dict[str, str] = {}
+    """The runtimes that are not used, and why. Since 1.3."""
 
 
 class StudentStatus(Wire, frozen=True):
@@ -144,7 +160,7 @@ class Telemetry(Wire, frozen=True):
     answer_times: dict[str, AnswerTimes] = {}
     """By method. Since 1.3."""
     runtime: RuntimeInfo | None = None
-    """What executes the teacher now. Since 1.3."""
+    """What executes the teacher now; why others do not is in the card. Since 1.3."""
     unavailable: dict[str, str] = {}
     """What this device does not tell, and why. Since 1.3."""
 

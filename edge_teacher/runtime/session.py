@@ -27,6 +27,34 @@ class Session(Protocol):
         ...
 
 
+class InPieces:
+    """A session that is asked about at most `most` images at once."""
+
+    def __init__(self, session: Session, most: int) -> None:
+        self._session = session
+        self._most = most
+
+    @property
+    def info(self) -> RuntimeInfo:
+        return self._session.info
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return self._session.outputs
+
+    def run(
+        self, images: NDArray[np.uint8], outputs: Sequence[str]
+    ) -> Mapping[str, NDArray[np.float32]]:
+        """As the session's own; RuntimeFailed too."""
+        if len(images) <= self._most:
+            return self._session.run(images, outputs)
+        pieces = [
+            self._session.run(images[start : start + self._most], outputs)
+            for start in range(0, len(images), self._most)
+        ]
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in outputs}
+
+
 Reduce = Callable[[NDArray[np.float32], slice], NDArray[np.float32]]
 """What becomes of a batch's output; the slice says which of the images it is about."""
 

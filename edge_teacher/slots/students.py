@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from numpy.typing import NDArray
 
 from edge_teacher import bundle as bundles
 from edge_teacher.bundle import Bundle, StudentCard
-from edge_teacher.contract.decisions import decisions
 from edge_teacher.contract.errors import (
     CheckFailed,
     FedsaError,
@@ -28,10 +23,10 @@ from edge_teacher.contract.errors import (
     TooLarge,
     UsageError,
 )
-from edge_teacher.contract.images import check_images
 from edge_teacher.contract.messages import Received, StudentOffer, StudentStatus
 from edge_teacher.contract.topics import check_name
-from edge_teacher.runtime import Session, run_in_batches
+from edge_teacher.runtime import LiveSession, Model
+from edge_teacher.slots.canary import Canary
 from edge_teacher.slots.slot_files import SLOTS, SlotFiles
 
 log = logging.getLogger(__name__)
@@ -41,14 +36,25 @@ MAX_TASKS = 16
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
-Load = Callable[[bytes, str], Session]
-"""(graph, name for messages) -> a session on this device's runtime."""
+Load = Callable[[Model], LiveSession]
+"""Opens a model on this device's runtime."""
 
 
 @dataclass(frozen=True)
 class ActiveStudent:
     card: StudentCard
-    session: Session
+    session: LiveSession
+    canary: Canary
+
+    def measured(self) -> dict[str, Any]:
+        """Of the graph that answers now, as fields of the status: a better one may follow the first."""
+        dialect = self.session.info.precision
+        proof = self.canary.proofs[dialect]
+        return {
+            "canary_agreement": proof.agreement,
+            "canary_ms_per_image": proof.ms_per_image,
+            "runtime_file": self.card.graphs[dialect],
+        }
 
 
 class Students:
@@ -87,12 +93,19 @@ class Students:
         return self._active[task]
 
     def status(self, task: str) -> StudentStatus:
-        return self._status.get(task) or StudentStatus(task=task)
+        status = self._status.get(task) or StudentStatus(task=task)
+        active = self._active.get(task)
+        return status if active is None else msgspec.structs.replace(status, **active.measured())
+
+    def close(self) -> None:
+        """End what is being prepared for them."""
+        for student in self._active.values():
+            student.session.close()
 
     def statuses(self) -> tuple[StudentStatus, ...]:
         """Of the tasks of which a version was ever verified here."""
         return tuple(
-            self._status[task] for task in sorted(self._status) if self._files(task).highest
+            self.status(task) for task in sorted(self._status) if self._files(task).highest
         )
 
     def offer(self, offer: StudentOffer, data: bytes) -> Received:
@@ -226,28 +239,20 @@ class Students:
         self, task: str, files: SlotFiles, slot: str, found: Bundle, card: StudentCard
     ) -> None:
         try:
-            dialect = self._dialect(card)
-            session = self._load(found.file(card.graphs[dialect]), card.graphs[dialect])
-            agreement, ms_per_image = _canary(found, card, dialect, session)
-            if agreement < card.canary_agreement:
-                raise CheckFailed(
-                    f"version {card.version} of {task!r} answers {agreement:.1%} of its canary "
-                    f"batch as at export, and must answer {card.canary_agreement:.1%}"
-                )
+            self._dialect(card)
+            canary = Canary(found, card)
+            session = self._load(canary.model(found))
         except FedsaError as error:
             self._note(task, state="failed", problem=str(error))
             raise
         files.switch(slot)
-        self._active[task] = ActiveStudent(card, session)
-        status = StudentStatus(
-            task=task,
-            state="active",
-            canary_agreement=agreement,
-            canary_ms_per_image=ms_per_image,
-            runtime_file=card.graphs[dialect],
-        )
+        before = self._active.get(task)
+        self._active[task] = ActiveStudent(card, session, canary)
+        if before is not None:
+            before.session.close()
+        status = StudentStatus(task=task, state="active")
         self._status[task] = msgspec.structs.replace(status, **self._versions(task, files))
-        log.info("%s version %d is active (%s)", task, card.version, dialect)
+        log.info("%s version %d is active (%s)", task, card.version, session.info.precision)
 
     def _note_offer(self, task: str, state: Literal["downloading", "failed"], problem: str) -> None:
         """What became of an offer that nobody has vouched for: no word about the student that answers."""
@@ -280,38 +285,3 @@ class Students:
         versions = self._versions(task, files)
         if slot is None and versions["candidate_version"]:
             self._note(task, state="verified", **versions)
-
-
-def _canary(
-    found: Bundle, card: StudentCard, dialect: str, session: Session
-) -> tuple[float, float]:
-    """Share of decisions on the canary images that are as expected, and milliseconds per image."""
-    if dialect not in card.canary_logits:
-        raise CheckFailed(f"the student {card.task!r} has no canary logits for {dialect}")
-    images = check_images(_array(found.file(card.canary_images)))
-    expected = _array(found.file(card.canary_logits[dialect]))
-    started = time.perf_counter()
-    logits = run_in_batches(session, images, "logits")
-    elapsed_ms = (time.perf_counter() - started) * 1e3
-    if (
-        not logits.shape == expected.shape
-        or logits.shape[:2] != (len(images), len(card.classes))
-        or not np.isfinite(logits).all()
-    ):
-        raise CheckFailed(
-            f"the student {card.task!r} gives logits {list(logits.shape)} on its canary batch, "
-            f"not finite {list(expected.shape)} like its {len(card.classes)} classes"
-        )
-    answers, right = (decisions(values, card.decision) for values in (logits, expected))
-    agreement = float((answers == right).mean())
-    return agreement, elapsed_ms / len(images)
-
-
-def _array(data: bytes) -> NDArray[np.generic]:
-    try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise CheckFailed(f"the canary batch cannot be read: {error}") from error
-    if not isinstance(array, np.ndarray):
-        raise CheckFailed("the canary batch is an archive of arrays, and must be one array")
-    return array

@@ -14,8 +14,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.onnx_model import OnnxModel
 
 from edge_teacher.contract.errors import CheckFailed
+from export.checks.tensorrt import TensorRtVerdict
 from export.graph.network import session
 
 AGREEMENT = 0.99
@@ -32,6 +34,12 @@ class HalfReport(msgspec.Struct, frozen=True):
     """Over the images of the same class; None if there is none."""
     mean_cosine: float | None
     bytes: int
+    tensorrt: TensorRtVerdict | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether a device with a GPU should be given the copy."""
+        return self.agrees and (self.tensorrt is None or self.tensorrt.accepted is not False)
 
     @property
     def agrees(self) -> bool:
@@ -48,6 +56,8 @@ class HalfReport(msgspec.Struct, frozen=True):
                 f"in half precision saliency maps agree {found} (cosine; wanted: {AGREEMENT}): run this "
                 "teacher in float32"
             )
+        if self.tensorrt is not None and self.tensorrt.accepted is False:
+            return f"TensorRT does not take the copy in half precision: {self.tensorrt.detail}"
         if self.other_class:
             return (
                 f"in half precision {self.other_class} of {self.images} images have another top class, and "
@@ -107,6 +117,8 @@ def to_half(teacher: onnx.ModelProto) -> onnx.ModelProto:
         teacher.graph.output,
         [*half.graph.initializer, *single.values()],
     )
+    # The converter appends its casts; ONNX wants every node behind those it reads, and TensorRT insists.
+    OnnxModel.graph_topological_sort(whole)
     return helper.make_model(
         whole,
         opset_imports=teacher.opset_import,

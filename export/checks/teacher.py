@@ -13,7 +13,7 @@ from torch import nn
 
 from edge_teacher.contract.errors import CheckFailed
 from export.checks.autograd import UnknownOperator
-from export.checks.fp16 import HalfReport, NoHalfCopy, check_half
+from export.checks.fp16 import HalfReport, NoHalfCopy, check_half, to_half
 from export.checks.parity import (
     BatchReport,
     DerivativeReport,
@@ -99,7 +99,7 @@ def check_teacher(
             f"{batches.flat_maps} of {len(images)} images have a flat saliency map, which says nothing; "
             "an earlier tap may serve better"
         )
-    half, trouble = _half(graph, images)
+    half, trouble = _half(graph, images, manifest.input)
     warnings += trouble
     if not photographs:
         warnings.append(
@@ -126,12 +126,19 @@ def check_teacher(
     )
 
 
-def _half(graph: onnx.ModelProto, images: NDArray[np.uint8]) -> tuple[HalfReport | None, list[str]]:
+def _half(
+    graph: onnx.ModelProto, images: NDArray[np.uint8], spec: InputSpec
+) -> tuple[HalfReport | None, list[str]]:
     """(the report, or None where there can be no such copy; what the owner should know)."""
     try:
         report = check_half(graph, images)
     except NoHalfCopy as error:
         return None, [str(error)]
+    if report.agrees:
+        verdict = check_tensorrt(
+            to_half(graph).SerializeToString(), _largest(spec), installed_tensorrt()
+        )
+        report = msgspec.structs.replace(report, tensorrt=verdict)
     return report, [report.warning] if report.warning else []
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edge_teacher.contract.errors import CheckFailed, UsageError
+from edge_teacher.runtime.tensorrt.build import build
+from edge_teacher.runtime.tensorrt.key import Options, profile_for
 from export.checks.student import OnnxClassifier, check_parity, choose_canary
 from export.checks.tensorrt import check_tensorrt, installed_tensorrt
 from export.graph import InputSpec, UnsupportedNetwork
@@ -213,6 +215,14 @@ def test_tensorrt_takes_its_file_and_refuses_the_cpu_one(exported: StudentFiles)
         pytest.skip("tensorrt_rtx is not installed: pip install tensorrt-rtx-cu12==1.7.1.116")
     verdict = exported.report.tensorrt
     assert (verdict.checked, verdict.accepted) == (True, True), verdict.detail
+    # As a device builds it: any batch, any size of picture.
+    built = build(
+        tensorrt,
+        exported.files[TENSORRT],
+        profile=profile_for((20, 18)),
+        options=Options(level=0),
+    )
+    assert built.engine
     refused = check_tensorrt(exported.files[CPU], {"images": (4, 20, 18, 3)}, tensorrt)
     assert refused.accepted is False
     assert "DequantizeLinear" in refused.detail

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -14,11 +15,22 @@ from edge_teacher import bundle as bundles
 from edge_teacher.contract.errors import CheckFailed, UsageError
 from edge_teacher.keys import private_key_at
 from edge_teacher.runtime import OnnxRuntimeSession
+from edge_teacher.runtime.bundled import teacher_model
+from edge_teacher.runtime.trial import difference
+from export.checks.fp16 import HalfReport
 from export.checks.reference import OfModule, expected
 from export.checks.teacher import TOLERANCE, TeacherReport, check_teacher
+from export.checks.tensorrt import TensorRtVerdict
 from export.graph import InputSpec, MapLayout
 from export.manifest import Manifest, read_manifest
-from export.teacher import generated_images, load_module, load_source, source_of, teacher_graph
+from export.teacher import (
+    export_teacher,
+    generated_images,
+    load_module,
+    load_source,
+    source_of,
+    teacher_graph,
+)
 from tests.examples import export_at, write_manifest
 from tests.export.graph.zoo import SIZE, make
 
@@ -59,6 +71,53 @@ def test_the_bundle_answers_as_torch_does_for_any_number_and_size_of_images(tmp_
             np.testing.assert_allclose(found[name], want, atol=2e-5 * np.abs(want).max())
         assert found["saliency"].min() >= 0
         assert found["saliency"].max() <= 1
+
+
+class TestWhatElseTravels:
+    def carried(self, folder: Path, extra: str, **options: np.ndarray) -> bundles.Bundle:
+        manifest = write_manifest(folder, "a", size=24)
+        manifest.write_text(extra + manifest.read_text())
+        key = private_key_at(folder / "owner.key")
+        return export_teacher(
+            read_manifest(manifest), manifest.parent, folder / "a.fedsa", key, **options
+        )
+
+    def test_a_copy_in_half_precision_answers_nearly_the_same(self, tmp_path: Path) -> None:
+        bundle = self.carried(tmp_path, "")
+        model = teacher_model(bundle)
+        images = generated_images((24, 24))
+        single, half = (
+            OnnxRuntimeSession(model.graphs[dialect], threads=1) for dialect in ("fp32", "fp16")
+        )
+        found = difference(
+            half.run(images, single.outputs), single.run(images, single.outputs), "fp16"
+        )
+        assert found.problem == ""
+        assert found.largest > 0  # it is another graph
+        written = onnx.load_from_string(model.graphs["fp16"])
+        onnx.checker.check_model(written)  # also that its nodes are in order
+        assert onnx.TensorProto.FLOAT16 in {t.data_type for t in written.graph.initializer}
+
+    def test_no_copy_where_the_owner_wants_none(self, tmp_path: Path) -> None:
+        bundle = self.carried(tmp_path, "half = false\n")
+        assert set(bundle.files) == {"teacher.onnx", "report.json"}
+
+    def test_no_copy_that_tensorrt_refuses_or_whose_maps_do_not_agree(self) -> None:
+        report = HalfReport(8, 0, 0.999, 0.999, 100)
+        verdict = TensorRtVerdict(True, False, "rtx", "no Conv")
+        refused = msgspec.structs.replace(report, tensorrt=verdict)
+        assert (report.usable, refused.usable) == (True, False)
+        assert refused.warning == "TensorRT does not take the copy in half precision: no Conv"
+        assert not msgspec.structs.replace(report, worst_cosine=0.9).usable
+
+    def test_photographs_travel_only_if_the_owner_says_so(self, tmp_path: Path) -> None:
+        photographs = generated_images((30, 30), count=9)
+        kept = self.carried(tmp_path, "", photographs=photographs)
+        assert "probe.images.npy" not in kept.files
+        given = self.carried(tmp_path, "publish_probe = true\n", photographs=photographs)
+        assert np.array_equal(teacher_model(given).images(), photographs[:8])
+        with pytest.raises(UsageError, match="publish_probe"):
+            self.carried(tmp_path, "publish_probe = true\n")
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -84,7 +84,9 @@ def test_every_number_is_there_under_its_unit() -> None:
         ("fedsa_answer_seconds_count", method): 40,
         (
             "fedsa_runtime_info",
+            ("engine", "none"),
             ("name", "onnxruntime"),
+            ("precision", "fp32"),
             ("provider", "CPUExecutionProvider"),
             ("version", "1.31.1"),
         ): 1,

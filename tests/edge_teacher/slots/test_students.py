@@ -21,7 +21,7 @@ from edge_teacher.contract.errors import (
     UsageError,
 )
 from edge_teacher.contract.messages import Received, StudentOffer, StudentStatus
-from edge_teacher.runtime import OnnxRuntimeSession, Session
+from edge_teacher.runtime import LiveSession, Model, open_session
 from edge_teacher.slots import Students
 from edge_teacher.slots.students import MAX_TASKS
 from tests.edge_teacher.nets import (
@@ -38,8 +38,8 @@ from tests.edge_teacher.nets import (
 PIECE = 1000
 
 
-def load(graph: bytes, name: str) -> Session:
-    return OnnxRuntimeSession(graph, threads=1, name=name)
+def load(model: Model) -> LiveSession:
+    return open_session(model, threads=1)
 
 
 def open_students(folder: Path, *, dialects: tuple[str, ...] = ("int8_cpu", "fp32")) -> Students:
