@@ -20,6 +20,7 @@ _NODE, _INITIALIZER, _INPUT, _OUTPUT, _VALUE_INFO = 1, 5, 11, 12, 13  # of a gra
 _NODE_INPUT, _NODE_OUTPUT, _NODE_ATTRIBUTE = 1, 2, 5
 _ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS = 6, 11
 _TENSOR_NAME, _VALUE_NAME = 8, 1
+_NOTHING = ""  # the name of an optional input or output that is left out
 
 
 class _Field(NamedTuple):
@@ -42,9 +43,9 @@ def outputs_of(graph: bytes, name: str = "the graph") -> tuple[str, ...]:
 
 
 def cut(graph: bytes, outputs: Sequence[str], name: str = "the graph") -> bytes:
-    """An ONNX file that computes `outputs` and nothing else; `graph` itself if it needs all of it.
+    """An ONNX file that computes `outputs` and nothing else; `graph` itself if those are all it has.
 
-    Raises CheckFailed if the file cannot be read or has no such output.
+    Raises CheckFailed if the file cannot be read, has no such output, or has its nodes in no order.
     """
     parts = _graph(graph, name)
     declared = [_text(p.content, _VALUE_NAME) for p in parts if p.number == _OUTPUT]
@@ -54,7 +55,13 @@ def cut(graph: bytes, outputs: Sequence[str], name: str = "the graph") -> bytes:
             f"{name} has no output {', '.join(sorted(missing)) or 'of no name'}; "
             f"it has {', '.join(declared)}"
         )
+    if set(outputs) == set(declared):
+        return graph
     tensors, nodes = _path(parts, set(outputs))
+    if not tensors:
+        raise CheckFailed(
+            f"the nodes of {name} do not stand behind those they read, so no part of it can be told"
+        )
     # An initialiser may be the default of an input (ONNX before IR 4), and an input stays.
     tensors.update(_text(p.content, _VALUE_NAME) for p in parts if p.number == _INPUT)
     kept = [
@@ -62,8 +69,6 @@ def cut(graph: bytes, outputs: Sequence[str], name: str = "the graph") -> bytes:
         for i, part in enumerate(parts)
         if (i in nodes if part.number == _NODE else _stays(part, tensors, set(outputs)))
     ]
-    if len(kept) == len(parts):
-        return graph
     body = b"".join(part.whole for part in kept)
     model = [
         _tagged(_MODEL_GRAPH, body) if field.number == _MODEL_GRAPH else bytes(field.whole)
@@ -73,17 +78,22 @@ def cut(graph: bytes, outputs: Sequence[str], name: str = "the graph") -> bytes:
 
 
 def _path(parts: list[_Field], outputs: set[str]) -> tuple[set[str], set[int]]:
-    """(tensors, positions of nodes) that the outputs need: nodes are in topological order (ONNX, Graphs)."""
-    needed, nodes = set(outputs), set()
+    """(tensors, positions of nodes) that the outputs need.
+
+    Nodes stand in topological order (ONNX IR, "Graphs"); where they do not, there are no tensors.
+    """
+    needed, nodes, passed = set(outputs), set(), set()
     for i in range(len(parts) - 1, -1, -1):
         if parts[i].number != _NODE:
             continue
         fields = list(_fields(parts[i].content))
-        if needed.isdisjoint(str(f.content, "utf-8") for f in fields if f.number == _NODE_OUTPUT):
+        made = {str(f.content, "utf-8") for f in fields if f.number == _NODE_OUTPUT} - {_NOTHING}
+        if needed.isdisjoint(made):
+            passed.update(made)
             continue
         nodes.add(i)
         needed.update(_read(fields))
-    return needed, nodes
+    return (needed if needed.isdisjoint(passed) else set()), nodes
 
 
 def _read(node: Iterable[_Field]) -> Iterator[str]:

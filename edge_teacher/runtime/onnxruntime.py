@@ -144,24 +144,19 @@ class OnnxRuntimeSession:
 
     def _judged(self, images: NDArray[np.uint8], outputs: list[str]) -> ort.InferenceSession:
         """The part that gives these outputs, if it is right and faster; else the whole graph."""
-        smaller = cut(self._graph, outputs, self._name)
-        if smaller is self._graph:
-            return self._whole
-        part = self._load(smaller)
-        right = all(
-            np.allclose(a, b, rtol=1e-4, atol=1e-4 * max(1.0, float(np.abs(b).max(initial=0))))
-            for a, b in zip(
-                self._fetch(part, images, outputs),
-                self._fetch(self._whole, images, outputs),
-                strict=True,
-            )
-        )
-        if not right:
+        wanted = self._fetch(self._whole, images, outputs)
+        try:
+            smaller = cut(self._graph, outputs, self._name)
+            if smaller is self._graph:
+                return self._whole
+            part = self._load(smaller)
+            _require_same(self._fetch(part, images, outputs), wanted)
+        except (CheckFailed, RuntimeFailed) as error:
             log.warning(
-                "%s: the part that gives %s answers otherwise than the whole graph, which is used "
-                "instead",
+                "%s: %s come from the whole graph, as a part of it will not do: %s",
                 self._name,
                 ", ".join(outputs),
+                error,
             )
             return self._whole
         share = _share(
@@ -177,6 +172,15 @@ class OnnxRuntimeSession:
             share,
         )
         return part if share <= PART_WORTH else self._whole
+
+
+def _require_same(
+    found: Sequence[NDArray[np.float32]], wanted: Sequence[NDArray[np.float32]]
+) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        largest = float(np.abs(b).max(initial=0))
+        if not np.allclose(a, b, rtol=1e-4, atol=1e-4 * max(1.0, largest)):
+            raise CheckFailed("it answers otherwise than the whole graph")
 
 
 def _share(

@@ -51,6 +51,17 @@ def test_a_graph_that_is_needed_whole_is_given_back_as_it_is() -> None:
     assert cut(whole, ["saliency", "features.last"]) is whole
 
 
+def test_nodes_in_no_order_are_refused_and_never_cut_wrongly() -> None:
+    model = onnx.load_from_string(teacher_graph())
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes[1:], nodes[0]])
+    unordered = model.SerializeToString()
+    with pytest.raises(CheckFailed, match="do not stand behind those they read"):
+        cut(unordered, ["features.last"])
+    assert cut(unordered, ["saliency", "features.last"]) is unordered
+
+
 def test_what_a_graph_inside_a_node_reads_stays() -> None:
     branch = helper.make_graph(
         [helper.make_node("Neg", ["kept"], ["y"])],

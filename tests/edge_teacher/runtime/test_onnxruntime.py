@@ -94,6 +94,21 @@ def test_a_part_that_answers_otherwise_is_not_used_and_that_is_said(
     assert "answers otherwise than the whole graph" in caplog.text
 
 
+def test_a_file_whose_nodes_are_in_no_order_is_used_whole(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """ONNX Runtime sorts them; a part of it cannot be told."""
+    model = onnx.load_from_string(teacher_graph())
+    nodes = list(model.graph.node)[::-1]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    session = OnnxRuntimeSession(model.SerializeToString(), threads=1)
+    found = session.run(pictures(2), ["features.last"])
+    same(found["features.last"], teacher_answers(pictures(2))[0])
+    assert not part_of(session, "features.last")
+    assert "come from the whole graph" in caplog.text
+
+
 def test_only_so_many_parts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_share", lambda *_, **__: 0.1)
     monkeypatch.setattr(module, "MAX_PARTS", 1)
