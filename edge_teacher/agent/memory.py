@@ -19,10 +19,11 @@ class Memory:
 
 def read_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> Memory:
     """`proc` and `cgroups`: where these are mounted (proc(5), cgroups(7); both versions of the latter)."""
-    return Memory(_rss(proc), _available(proc), _limit(proc, cgroups))
+    return Memory(rss_bytes(proc), _available(proc), _limit(proc, cgroups))
 
 
-def _rss(proc: Path) -> int:
+def rss_bytes(proc: Path = Path("/proc")) -> int:
+    """Resident memory of this process; its peak where `proc` does not tell."""
     try:
         pages = int((proc / "self" / "statm").read_text().split()[1])
     except (OSError, IndexError, ValueError):

@@ -26,7 +26,7 @@ _EVENT_LASTS_S = 60.0
 
 
 @dataclass(frozen=True)
-class Throttling:
+class Throttled:
     """Whether something slows this device down, and what."""
 
     active: bool
@@ -82,7 +82,7 @@ class Sensors:
                 return min(1.0, max(0.0, load / 1000))
         return None
 
-    def throttling(self) -> Throttling | None:
+    def throttling(self) -> Throttled | None:
         """By heat: a cooling device that caps a frequency is above 0, or a throttle alert is raised. By the
         supply: an over-current counter has risen in the last minute. None where neither is shown."""
         caps = list(self._caps())
@@ -90,7 +90,7 @@ class Sensors:
         if not caps and not events:
             return None
         reasons = [name for name, state in caps if state > 0] + [name for name, on in events if on]
-        return Throttling(bool(reasons), ", ".join(reasons))
+        return Throttled(bool(reasons), ", ".join(reasons))
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_teacher.agent.memory import read_memory
-from edge_teacher.agent.sensors import Sensors, Throttling
+from edge_teacher.agent.sensors import Sensors, Throttled
 from edge_teacher.agent.tegrastats import Line, Tegrastats
 
 
@@ -22,7 +23,7 @@ class Machine:
     temperatures_c: dict[str, float]
     power_w: dict[str, float]
     gpu_load: float | None
-    throttling: Throttling | None
+    throttling: Throttled | None
     unavailable: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -41,10 +42,13 @@ class Machines:
         proc: Path = Path("/proc"),
         tegrastats: str = "tegrastats",
         interval_s: float = 5.0,
+        throttling: Callable[[], Throttled | None] | None = None,
     ) -> None:
+        """`throttling`: who watches for it; None: what `Sensors` sees at the moment of asking."""
         self._proc = proc
         self._cgroups = sysfs / "fs" / "cgroup"
         self._sensors = Sensors(sysfs)
+        self._throttling = throttling or self._sensors.throttling
         self._tegrastats: Tegrastats | None = None
         self._why = f"/sys does not tell, and {tegrastats} is not installed"
         if self._open():
@@ -68,7 +72,7 @@ class Machines:
         power = self._sensors.power_w() or line.power_w
         sysfs_load = self._sensors.gpu_load()
         load = line.gpu_load if sysfs_load is None else sysfs_load
-        throttling = self._sensors.throttling()
+        throttling = self._throttling()
         missing = {
             "temperatures_c": not temperatures,
             "power_w": not power,

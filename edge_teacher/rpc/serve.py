@@ -90,7 +90,7 @@ class Server:
         """
         self.counters = Counters()
         self.latencies = Latencies(methods)
-        self.progress = Progress()
+        self._progress = Progress()
         self._transport = transport
         self._bulk = bulk or transport
         self._device = device
@@ -122,10 +122,12 @@ class Server:
         return len(self._jobs)
 
     def stuck(self, longest_s: float) -> str:
-        """Which worker makes no progress, as a sentence; empty where all do. See Progress.stuck."""
+        """What makes no progress, as a sentence; empty where all does. See Progress.look."""
         if not self._draining and not all(thread.is_alive() for thread in self._threads):
             return "a worker has ended"
-        return self.progress.stuck(longest_s)
+        with self._lock:
+            jobs = list(self._known.values())
+        return self._progress.look(jobs, longest_s)
 
     def reconfigure(self, limits: Limits, allowed: frozenset[str]) -> None:
         """Take other limits and other coordinators from the next request on."""
@@ -242,7 +244,6 @@ class Server:
 
     def _work(self) -> None:
         while True:
-            self.progress.waits()
             job = self._jobs.take(_IDLE_S)
             if job is None:
                 if self._jobs.closed:
@@ -251,14 +252,12 @@ class Server:
                 self._outbox.keep(lambda key: self._answers.get(key) is not None)
                 continue
             began = time.monotonic()
-            self.progress.begins(job.method)
             try:
                 self._answer_or_refuse(job)
             except Exception:
                 # Not even the refusal could be sent. A worker outlives that too.
                 log.exception("the end of %s could not be told", job.method)
             took = time.monotonic() - began
-            self.latencies.add(job.method, time.monotonic() - job.arrived)
             before = self._service_s
             self._service_s = took if before is None else before * 0.8 + took * 0.2
 
@@ -304,6 +303,7 @@ class Server:
                 self._answers.finish(job.key)
                 return None
         self.counters.answered += 1
+        self.latencies.add(job.method, time.monotonic() - job.arrived)
         return done
 
     def _as_sent(self, job: Job, payload: frame.Encoded) -> Answered:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_teacher.agent.sensors import Sensors, Throttling
+from edge_teacher.agent.sensors import Sensors, Throttled
 from tests.edge_teacher.agent.jetsons import orin, thor, write
 
 
@@ -25,7 +25,7 @@ def test_an_orin(tmp_path: Path) -> None:
     }
     assert sensors.gpu_load() == 0.453
     # A fan that turns and a warm surface slow nothing down, and four events of last week are over.
-    assert sensors.throttling() == Throttling(active=False)
+    assert sensors.throttling() == Throttled(active=False)
 
 
 def test_a_thor(tmp_path: Path) -> None:
@@ -33,32 +33,32 @@ def test_a_thor(tmp_path: Path) -> None:
     assert sensors.temperatures_c() == {"cpu": 53.7, "soc012": 55.1, "tj": 55.1}
     assert sensors.power_w() == {"VDD_GPU": 6.0, "VIN": pytest.approx(16.802)}
     assert sensors.gpu_load() is None
-    assert sensors.throttling() == Throttling(active=False)
+    assert sensors.throttling() == Throttled(active=False)
 
 
 def test_heat_slows_it_down_until_it_does_not(tmp_path: Path) -> None:
     sensors = Sensors(thor(tmp_path))
     write(tmp_path, {"class/thermal/cooling_device2/cur_state": 18})
-    assert sensors.throttling() == Throttling(active=True, reason="devfreq-gpu-gpc-0")
+    assert sensors.throttling() == Throttled(active=True, reason="devfreq-gpu-gpc-0")
     write(tmp_path, {"class/thermal/cooling_device0/cur_state": 1})
-    assert sensors.throttling() == Throttling(
+    assert sensors.throttling() == Throttled(
         active=True, reason="gpu-throttle-alert, devfreq-gpu-gpc-0"
     )
     for number in (0, 2):
         write(tmp_path, {f"class/thermal/cooling_device{number}/cur_state": 0})
-    assert sensors.throttling() == Throttling(active=False)
+    assert sensors.throttling() == Throttled(active=False)
 
 
 def test_an_over_current_event_counts_for_a_minute(tmp_path: Path) -> None:
     clock = Clock()
     sensors = Sensors(orin(tmp_path), clock=clock)
-    assert sensors.throttling() == Throttling(active=False)
+    assert sensors.throttling() == Throttled(active=False)
     write(tmp_path, {"class/hwmon/hwmon3/oc2_event_cnt": 5})
-    assert sensors.throttling() == Throttling(active=True, reason="average over-current")
+    assert sensors.throttling() == Throttled(active=True, reason="average over-current")
     clock.now = 59
-    assert sensors.throttling() == Throttling(active=True, reason="average over-current")
+    assert sensors.throttling() == Throttled(active=True, reason="average over-current")
     clock.now = 61
-    assert sensors.throttling() == Throttling(active=False)
+    assert sensors.throttling() == Throttled(active=False)
 
 
 def test_a_machine_that_shows_nothing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from edge_teacher.agent.memory import Memory, read_memory
-from edge_teacher.agent.sensors import Throttling
+from edge_teacher.agent.sensors import Throttled
 from edge_teacher.agent.telemetry import Machines
 from tests.edge_teacher.agent.jetsons import orin, processes, thor, write
 from tests.edge_teacher.agent.test_tegrastats import ORIN, printing
@@ -28,7 +28,7 @@ def test_an_orin_tells_all_without_tegrastats(tmp_path: Path) -> None:
     assert machine.temperature_c == 49.1
     assert machine.power_w["VDD_GPU_SOC"] == 2.386
     assert machine.gpu_load == 0.453
-    assert machine.throttling == Throttling(active=False)
+    assert machine.throttling == Throttled(active=False)
     assert machine.memory_available_bytes == 5 << 30
     assert machine.unavailable == {}
 
