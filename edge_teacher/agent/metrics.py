@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import msgspec
+
 from edge_teacher.contract.errors import UsageError
 from edge_teacher.contract.messages import Telemetry
 
@@ -38,11 +40,9 @@ def _lines(t: Telemetry, labels: Labels, connected: bool) -> Iterator[str]:
         yield from _family(name, "gauge", told, samples)
 
     if t.runtime is not None:
-        about = {
-            "name": t.runtime.name,
-            "version": t.runtime.version,
-            "provider": t.runtime.provider,
-        }
+        said = msgspec.structs.asdict(t.runtime)
+        # Not what is told in sentences: each new one would be another series.
+        about = {k: v for k, v in said.items() if isinstance(v, str) and v and " " not in v}
         told = "What executes the teacher."
         yield from _family("fedsa_runtime_info", "gauge", told, [({**labels, **about}, 1)])
     yield from one("fedsa_connected", "gauge", "Whether a broker is connected.", float(connected))
