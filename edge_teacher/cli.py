@@ -1,6 +1,7 @@
 """`edge-teacher`: run an agent, or look at a bundle before it is trusted with one.
 
-Exit codes: 0 done; 1 a check failed, or the broker or a file let it down; 2 wrong usage.
+Exit codes: 0 done; 1 a check failed, or a file let it down; 2 wrong usage. `run` waits for a broker that is
+not there, however long.
 """
 
 from __future__ import annotations

@@ -5,11 +5,15 @@ What takes long to fetch is kept between a developer's runs and made anew in CI.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -105,15 +109,34 @@ class Root:
         }
 
 
-def make_root(folder: Path, wheel: Path) -> Root:
-    """`folder`: for the root, in CI; elsewhere it is kept. Skips where a tool is missing."""
+@contextmanager
+def root_with(wheel: Path, folder: Path) -> Iterator[Root]:
+    """`folder`: for the root, in CI; elsewhere it is kept, and used by one run at a time.
+
+    Skips where a tool is missing.
+    """
     require_tools()
-    return Root(_place(folder), wheel)
-
-
-def _place(folder: Path) -> Path:
     if os.environ.get("FEDSA_CI"):
-        return folder / "root"
+        yield Root(folder / "root", wheel)
+        return
+    place = _kept()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        root = Root(place, wheel)
+        (place / "complete").touch()
+        _forget_old(place.parent)
+        yield root
+
+
+def _forget_old(folder: Path) -> None:
+    """Roots of other dependencies, once nobody has used them for a week."""
+    for complete in folder.glob("arm64-*/complete"):
+        if complete.stat().st_mtime < time.time() - 7 * 86_400:
+            shutil.rmtree(complete.parent)
+
+
+def _kept() -> Path:
     said = (ROOT / "constraints.txt").read_bytes() + (ROOT / "setup.py").read_bytes()
     key = hashlib.sha256(said + f"{_SUITE} {_PACKAGES} {_PLATFORMS}".encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

@@ -160,20 +160,17 @@ class Batcher:
 
     def serve(self, line: Line) -> None:
         while True:
-            line.at("")
             with self._turn:
                 try:
                     parts = self._next(line)
                     if parts is None:
                         return
-                    line.at(_said(parts))
                     steps = self._compute(parts)
                 except Exception as error:
                     works, self._works, self._fresh = self._works, [], {}
                     for listener in (each for work in works for each in work.listeners):
                         listener.refuse(error)
                     raise
-            line.at("answering")
             with line.together():
                 for step in steps:
                     step.hand_out()
@@ -200,7 +197,6 @@ class Batcher:
         return []
 
     def _pause(self, line: Line) -> None:
-        line.at("a pause for heat")
         while not line.closed and (left := self._not_before - time.monotonic()) > 0:
             self._stop_pause.wait(min(left, 0.1))
 
@@ -372,13 +368,6 @@ class Batcher:
             self.sizes.too_large(probe.kind, size)
             if size == 1:
                 self._probes.remove(probe)
-
-
-def _said(parts: list[_Part]) -> str:
-    if not parts:
-        return "a trial of its own"
-    methods = {each.asked.job.method for part in parts for each in part.listeners}
-    return f"{', '.join(sorted(methods))} of {sum(part.rows for part in parts)} images"
 
 
 def _joined(pieces: list[Images]) -> Images:

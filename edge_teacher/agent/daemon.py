@@ -69,8 +69,7 @@ class Daemon:
                 served.start()
                 ends.callback(served.stop)
                 log.info("metrics are at http://127.0.0.1:%d/metrics", served.port)
-            for name, why in self._agent.telemetry().unavailable.items():
-                log.info("the telemetry has no %s: %s", name, why)
+            self._say_what_is_missing()
             self._connecting.start()
             self._notify.ready(self._status())
             self._pulse.start()
@@ -80,6 +79,14 @@ class Daemon:
             self._notify.stopping("answering what is begun")
             self._connecting.stop()
             self._agent.stop()
+
+    def _say_what_is_missing(self) -> None:
+        """Once, and by reason: what telemetry this machine cannot give."""
+        reasons: dict[str, list[str]] = {}
+        for name, why in self._agent.telemetry().unavailable.items():
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            log.info("the telemetry has no %s: %s", ", ".join(names), why)
 
     def _reload(self) -> None:
         self._notify.reloading()

@@ -48,6 +48,7 @@ class Machines:
         self._cgroups = sysfs / "fs" / "cgroup"
         self._sensors = Sensors(sysfs)
         self.throttling = Throttling(sysfs)
+        """Also for who slows down because of it: it is watched for in one place."""
         self._tegrastats: Tegrastats | None = None
         self._why = f"/sys does not tell, and {tegrastats} is not installed"
         if self._open():

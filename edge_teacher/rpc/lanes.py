@@ -15,7 +15,6 @@ from edge_teacher.contract.errors import Expired, Malformed, RpcError
 from edge_teacher.contract.limits import Limits
 from edge_teacher.rpc.fair_queue import FairQueue, Job
 from edge_teacher.rpc.line import Asked
-from edge_teacher.rpc.progress import Progress
 
 _RETRY_AFTER_S = (0.05, 30.0)
 _UNKNOWN_SERVICE_S = 1.0
@@ -74,12 +73,10 @@ class JointLine:
         lane: Lane,
         ends: Ends,
         together: Callable[[], AbstractContextManager[None]],
-        progress: Progress,
     ) -> None:
         self._lane = lane
         self._ends = ends
         self._together = together
-        self._progress = progress
 
     @property
     def closed(self) -> bool:
@@ -88,14 +85,7 @@ class JointLine:
     def together(self) -> AbstractContextManager[None]:
         return self._together()
 
-    def at(self, work: str) -> None:
-        if work:
-            self._progress.begins(work)
-        else:
-            self._progress.waits_for_another()
-
     def take(self, timeout_s: float, without: Container[str] = ()) -> Asked | None:
-        self._progress.waits()
         while (job := self._lane.jobs.take(timeout_s, without)) is not None:
             try:
                 require_in_time(job)

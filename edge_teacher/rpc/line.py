@@ -66,11 +66,6 @@ class Line(Protocol):
         """Those that are about this, out of their turn."""
         ...
 
-    def at(self, work: str) -> None:
-        """What the calling thread turns to, in words: it is taken for hung when that lasts too long. It is
-        done with it when it takes again; "" if it waits for another thread of the engine."""
-        ...
-
     def together(self) -> AbstractContextManager[None]:
         """Small answers given by this thread meanwhile leave as one: it costs less."""
         ...

@@ -1,56 +1,45 @@
-"""Whether workers still come round: what a watchdog asks before it says that all is well."""
+"""Whether requests come to an end: what a watchdog asks before it says that all is well."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
-_STUCK_IDLE_S = 60.0
-"""An idle worker comes round each second."""
+from edge_teacher.rpc.fair_queue import Job, Key
 
-
-@dataclass(frozen=True)
-class _At:
-    since: float
-    work: str
-    """Empty: it waits for work."""
-    watched: bool = True
+_TAKEN_WITHIN_S = 60.0
+"""A request that waits while nothing is being computed is taken at once by a worker that lives."""
 
 
 class Progress:
-    """Each worker notes what it turns to. Thread-safe: a note replaces the worker's last one."""
+    """Looked at every few seconds, by one thread. It knows nothing of who computes, or how many at once."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._at: dict[str, _At] = {}
+        self._begun: dict[Key, float] = {}
+        """When each request that is being computed was first seen to be."""
+        self._waited_in_vain_since: float | None = None
 
-    def waits(self) -> None:
-        """The calling worker looks for work."""
-        self._note("")
+    def look(self, jobs: Iterable[Job], longest_s: float) -> str:
+        """What does not get on, as a sentence; empty where all is well.
 
-    def begins(self, work: str) -> None:
-        """The calling worker turns to `work`."""
-        self._note(work)
-
-    def waits_for_another(self) -> None:
-        """The calling worker goes on when another does, and that one is watched."""
-        self._note("", watched=False)
-
-    def _note(self, work: str, *, watched: bool = True) -> None:
-        self._at[threading.current_thread().name] = _At(self._clock(), work, watched)
-
-    def stuck(self, longest_s: float) -> str:
-        """The worker that has been at one piece of work for more than `longest_s`, or does not come round
-        without any, as a sentence; empty where all is well."""
+        `jobs`: all that wait or are being computed at this moment. One that is computed for more than
+        `longest_s` is taken for hung, and so is whoever should take those that wait.
+        """
         now = self._clock()
-        for worker, at in list(self._at.items()):
-            if not at.watched:
-                continue
-            for_s = now - at.since
-            if at.work and for_s > longest_s:
-                return f"{worker} has been at {at.work} for {for_s:.0f} s, and {longest_s:.0f} s is the limit"
-            if not at.work and for_s > _STUCK_IDLE_S:
-                return f"{worker} has not come round for {for_s:.0f} s"
+        known = list(jobs)
+        begun = {job.key: job for job in known if job.begun}
+        self._begun = {key: self._begun.get(key, now) for key in begun}
+        for key, since in self._begun.items():
+            if now - since > longest_s:
+                what = begun[key].method
+                return f"{what} has been computed for {now - since:.0f} s, and {longest_s:.0f} s is the limit"
+        if begun or not known:
+            self._waited_in_vain_since = None
+            return ""
+        if self._waited_in_vain_since is None:
+            self._waited_in_vain_since = now
+        for_s = now - self._waited_in_vain_since
+        if for_s > _TAKEN_WITHIN_S:
+            return f"{len(known)} requests wait, and none has been begun for {for_s:.0f} s"
         return ""

@@ -95,7 +95,7 @@ class Server:
             raise ValueError(f"{', '.join(joint)} need an engine")
         self.counters = Counters()
         self.latencies = Latencies(methods)
-        self.progress = Progress()
+        self._progress = Progress()
         self._transport = transport
         self._bulk = bulk or transport
         self._device = device
@@ -116,7 +116,7 @@ class Server:
             for i in range(workers)
         ]
         if engine is not None:
-            line = JointLine(self._joint, self, transport.together, self.progress)
+            line = JointLine(self._joint, self, transport.together)
             self._threads += [
                 threading.Thread(
                     target=_serve_on, args=(engine, line), name=f"engine-{i}", daemon=True
@@ -136,10 +136,12 @@ class Server:
         return len(self._plain.jobs) + len(self._joint.jobs)
 
     def stuck(self, longest_s: float) -> str:
-        """Which worker makes no progress, as a sentence; empty where all do. See Progress.stuck."""
+        """What makes no progress, as a sentence; empty where all does. See Progress.look."""
         if not self._draining and not all(thread.is_alive() for thread in self._threads):
             return "a worker has ended"
-        return self.progress.stuck(longest_s)
+        with self._lock:
+            jobs = list(self._known.values())
+        return self._progress.look(jobs, longest_s)
 
     def reconfigure(self, limits: Limits, allowed: frozenset[str]) -> None:
         """Take other limits and other coordinators from the next request on."""
@@ -255,7 +257,6 @@ class Server:
     def _work(self) -> None:
         jobs = self._plain.jobs
         while True:
-            self.progress.waits()
             job = jobs.take(_IDLE_S)
             if job is None:
                 if jobs.closed:
@@ -264,7 +265,6 @@ class Server:
                 self._outbox.keep(lambda key: self._answers.get(key) is not None)
                 continue
             began = time.monotonic()
-            self.progress.begins(job.method)
             self._answer_or_refuse(job)
             self._plain.took(time.monotonic() - began)
 

@@ -197,19 +197,15 @@ def test_small_queries_of_many_coordinators_are_one_inference(here: World) -> No
     assert here.teacher.runs == [(1, frozenset({"saliency"})), (32, frozenset({"saliency"}))]
 
 
-def test_a_graph_that_hangs_is_seen_and_the_thread_that_waits_for_it_is_not_blamed(
-    here: World,
-) -> None:
+def test_a_graph_that_hangs_is_seen(here: World) -> None:
     _, held = here.hold()
-    said = here.server.stuck(0)
-    assert "engine-" in said
-    assert "has been at saliency of 1 images" in said
+    assert here.server.stuck(0) == ""  # seen for the first time
+    assert "saliency has been computed for 0 s, and 0 s is the limit" in here.server.stuck(0)
     assert here.server.stuck(600) == ""
     here.teacher.go_on.set()
     here.answer(held)
-    eventually(lambda: "saliency" in here.server.latencies.told())
+    eventually(lambda: here.server.stuck(0) == "")
     assert here.server.latencies.told()["saliency"].count == 1
-    assert here.server.stuck(60) == ""
 
 
 def test_only_queries_for_the_same_outputs_share_an_inference(here: World) -> None:

@@ -6,6 +6,7 @@ import socket
 import urllib.error
 import urllib.request
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -91,6 +92,25 @@ def test_every_number_is_there_under_its_unit() -> None:
             ("version", "1.31.1"),
         ): 1,
     }
+
+
+def test_an_engine_that_is_being_built_has_a_number_and_its_sentences_are_no_labels() -> None:
+    building = RuntimeInfo(
+        name="onnxruntime",
+        version="1.31.1",
+        provider="CPUExecutionProvider",
+        threads=1,
+        engine="building",
+        engine_progress=0.4,
+        detail="sentences",
+        why_not={"tensorrt": "sentences"},
+    )
+    whole = msgspec.structs.replace(WHOLE, runtime=building)
+    found = parsed(render(whole, LABELS, connected=True))
+    assert found["fedsa_engine_built_ratio", frozenset()] == 0.4
+    (about,) = [labels for name, labels in found if name == "fedsa_runtime_info"]
+    assert ("engine", "building") in about
+    assert "sentences" not in str(about)
 
 
 def test_what_is_not_known_is_left_out_and_never_zero() -> None:

@@ -136,7 +136,26 @@ class TestWhileAnEngineIsBuilt:
         assert (ready.name, ready.provider, ready.precision) == ("tensorrt", "Orin", "fp32")
         assert ready.ms_per_image == (1.0, 1.0)
         assert "slower" in ready.why_not["onnxruntime CPUExecutionProvider fp32"]
+        told = device.agent.telemetry().runtime
+        assert told is not None
+        assert (told.engine, told.why_not) == ("ready", {})
         self.ask(device)
+
+    def test_what_was_measured_of_the_cpu_is_forgotten_and_the_limits_follow(
+        self, device: Device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(LiveSession, "grown_bytes", 1 << 50)  # a GPU that takes everything
+        device.card(lambda card: card.runtime.engine == "building")
+        self.ask(device)
+        sizes = device.agent._engine.sizes
+        assert sizes._kinds
+        learnt = dict(sizes._kinds)
+        assert device.trt.gate is not None
+        device.trt.gate.set()
+        card = device.card(lambda card: card.runtime.engine == "ready")
+        assert card.limits.max_answer_bytes < 8 << 20
+        self.ask(device)
+        assert all(sizes._kinds.get(kind) is not known for kind, known in learnt.items())
 
     def ask(self, device: Device) -> None:
         features, saliency = teacher_answers(IMAGES)

@@ -22,6 +22,7 @@ from edge_teacher.contract.errors import (
     NotFound,
     RuntimeFailed,
     TooLarge,
+    Unreachable,
     UsageError,
 )
 from edge_teacher.contract.images import image_block_id
@@ -45,7 +46,7 @@ from edge_teacher.contract.messages import (
 )
 from edge_teacher.rpc.invoke import Caller
 from edge_teacher.rpc.memory import MemoryBroker, MemoryTransport
-from edge_teacher.rpc.transport import Message
+from edge_teacher.rpc.transport import Handler, Message
 from tests.edge_teacher.nets import (
     CLASSES,
     COORDINATOR,
@@ -292,6 +293,22 @@ class TestLife:
         running.agent.stop()
         assert [state.online for state in running.states(2)] == [True, False]
 
+    def test_a_broker_that_does_not_let_it_hear_is_tried_again(self, config: AgentConfig) -> None:
+        class Deaf(MemoryTransport):
+            def subscribe(self, topic_filter: str, handler: Handler, *, wait: bool = True) -> None:
+                raise Unreachable(f"the broker did not grant {topic_filter!r}")
+
+        broker = MemoryBroker()
+        agent = Agent(config)
+        with pytest.raises(Unreachable, match="did not grant"):
+            agent.start(Deaf(broker, agent.will()))
+        assert broker.retained("fedsa/v1/+/state") == []
+        agent.start(broker.connect(agent.will()))
+        caller = Caller(broker.connect(), "ada", tick_s=0.02)
+        assert caller.call(DEVICE, "describe", Empty(), answer=Card)[0].device == DEVICE
+        caller.close()
+        agent.stop()
+
     def test_birth_and_a_clean_end_are_of_one_session(self, here: Running) -> None:
         here.call("describe", Empty(), Card)
         here.agent.stop()
@@ -375,27 +392,58 @@ class TestLife:
         again.agent.stop()
 
 
-class TestReconfigure:
-    def test_other_limits_reach_whatever_they_bound(
+class TestReconfigured:
+    """While it serves; see test_daemon.py for who does it."""
+
+    def test_limits_hold_from_the_next_request_and_are_announced(
         self, here: Running, config: AgentConfig
     ) -> None:
         here.put(IMAGES)
-        query = FeaturesQuery(block=BLOCK, tap="last", form="maps", dtype="f32")
-        here.call("features", query, Answered)
-        limits = Limits(max_answer_bytes=1000, max_queued_requests=3)
-        here.agent.reconfigure(replace(config, limits=limits))
-        with pytest.raises(TooLarge, match="the limit is 1000"):
-            here.call("features", query, Answered)
-        assert here.agent._server is not None
-        assert here.agent._server._joint.jobs._most == 3
-        assert here.agent._server._plain.jobs._most == 3
-        # A card is heard by whoever has none yet, too.
-        card, _ = here.call("describe", Empty(), Card)
-        assert card.limits == limits
-        assert frame.decode(here.retained("card").payload, Card)[0].limits == limits
-        here.agent.reconfigure(replace(config, limits=Limits(image_store_bytes=1)))
-        with pytest.raises(NotFound):
+        smaller = msgspec.structs.replace(
+            config.limits, image_store_bytes=IMAGES.nbytes - 1, max_answer_bytes=64
+        )
+        here.agent.reconfigure(replace(config, limits=smaller))
+        assert frame.decode(here.retained("card").payload, Card)[0].limits == smaller
+        # What is held beyond the new bound is let go at once.
+        with pytest.raises(NotFound, match="send it"):
             here.call("saliency", SaliencyQuery(block=BLOCK), Answered)
+        with pytest.raises(TooLarge, match=f"at most .* {smaller.image_store_bytes} bytes"):
+            here.put(IMAGES)
+        here.put(IMAGES[:3])
+        few = image_block_id(IMAGES[:3])
+        with pytest.raises(TooLarge, match="the limit is 64"):
+            here.call("features", FeaturesQuery(block=few), Answered)
+        here.agent.reconfigure(config)
+        here.call("features", FeaturesQuery(block=few), Answered)
+
+    def test_keys_and_coordinators_hold_from_the_next_request(
+        self, here: Running, config: AgentConfig
+    ) -> None:
+        here.agent.reconfigure(replace(config, coordinator_keys=[STRANGER.public_key()]))
+        with pytest.raises(Malformed, match="not trusted here"):
+            TestStudents().offer(here, student())
+        TestStudents().offer(here, student(key=STRANGER))
+        here.agent.reconfigure(replace(config, allowed=frozenset({"bob"})))
+        with pytest.raises(NotAllowed, match="ada is not among"):
+            here.call("describe", Empty(), Card)
+
+    def test_a_queue_that_is_made_shorter_refuses_the_next(
+        self, here: Running, config: AgentConfig
+    ) -> None:
+        assert here.agent._server is not None
+        limits = msgspec.structs.replace(config.limits, max_queued_requests=1)
+        here.agent.reconfigure(replace(config, limits=limits))
+        here.put(IMAGES)
+        statuses: queue.Queue[str] = queue.Queue()
+        asker = here.broker.connect()
+        asker.subscribe("fedsa/v1/bob/rsp/+", lambda m: statuses.put(m.user["status"]))
+        payload = frame.encode(SaliencyQuery(block=BLOCK))
+        topic, back = topics.request(DEVICE, "saliency"), topics.response("bob", DEVICE)
+        for i in range(50):
+            asker.publish(
+                Message(topic=topic, payload=payload, response_topic=back, correlation=bytes([i]))
+            )
+        assert "429" in {statuses.get(timeout=10) for _ in range(50)}
 
     def test_another_ceiling_cuts_the_limits_and_one_that_leaves_nothing_changes_nothing(
         self, here: Running, config: AgentConfig

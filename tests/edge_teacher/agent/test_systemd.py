@@ -145,11 +145,11 @@ class TestPulse:
         pulse = Pulse(Notifier(manager.address, 30), lambda: problem, lambda: "serves")
         pulse.look()
         assert manager.pending() == [{"WATCHDOG": "1"}, {"STATUS": "serves"}]
-        problem = "worker-0 has been at saliency for 700 s"
+        problem = "saliency has been computed for 700 s"
         for _ in range(3):
             pulse.look()
         assert manager.pending() == [{"STATUS": f"stuck: {problem}"}]
-        assert caplog.text.count("no progress: worker-0") == 1
+        assert caplog.text.count("no progress: saliency has") == 1
         assert "systemd will restart it" in caplog.text
         problem = ""
         pulse.look()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,12 +17,15 @@ from edge_teacher.contract.limits import MIB, Limits
 from edge_teacher.rpc.address import BrokerAddress, parse_broker
 from edge_teacher.rpc.invoke import Caller
 from edge_teacher.rpc.memory import MemoryBroker
+from edge_teacher.rpc.paho import PahoTransport
 from edge_teacher.rpc.pair import Pair, connect_pair
 from edge_teacher.rpc.serve import Server
 from edge_teacher.rpc.transport import Message
 from tests.brokers import Authority, Mosquitto
 from tests.edge_teacher.rpc.test_paho import Inbox
 from tests.edge_teacher.rpc.wire import DEVICE, Ask, Device, Said, noise
+
+WAIT_S = 20
 
 ACL = """\
 pattern readwrite fedsa/v1/%u/state
@@ -219,3 +223,52 @@ def test_control_does_not_wait_behind_data(tmp_path: Path, ends: ExitStack) -> N
     # Behind 32 MiB in one line there would be room for none or one.
     assert small >= 5
     assert server_device.executed.count("small") == small
+
+
+def test_two_connections_that_are_well_and_ones_that_are_not(
+    mosquitto: Mosquitto, ends: ExitStack
+) -> None:
+    pair = connect_pair(mosquitto.address, DEVICE)
+    ends.callback(pair.close)
+    assert (pair.stuck(), pair.problem) == ("", "")
+    turned_at = pair.bulk.turned_at
+    while pair.bulk.turned_at == turned_at:  # at least once a second, also when nothing happens
+        threading.Event().wait(0.01)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hang(_message: Message) -> None:
+        begun.set()
+        go_on.wait(WAIT_S)
+
+    pair.control.subscribe("fedsa/v1/hang/state", hang)
+    pair.bulk.publish(Message(topic="fedsa/v1/hang/state", payload=b""))
+    assert begun.wait(WAIT_S)
+    pair.control._client.turned_at -= 61  # so long ago, and its thread cannot come round
+    assert "the thread of the control connection has not come round for 61 s" in pair.stuck()
+    go_on.set()
+    end = time.monotonic() + WAIT_S
+    while pair.stuck():
+        assert time.monotonic() < end
+        threading.Event().wait(0.01)
+    pair.close()
+    assert "connection has ended" in pair.stuck()
+
+
+def test_a_first_connection_that_is_given_up_does_not_come_back(
+    tmp_path: Path, ends: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would fight with the one that is tried next for their one name."""
+    secured = Secured(tmp_path, "use_username_as_clientid true")
+    ends.callback(secured.broker.kill)
+    made: list[PahoTransport] = []
+
+    def lost(self: PahoTransport, _timeout_s: float) -> None:
+        made.append(self)
+        raise Unreachable("it went meanwhile")
+
+    monkeypatch.setattr(PahoTransport, "wait_connected", lost)
+    with pytest.raises(Unreachable, match="it went meanwhile"):
+        connect_pair(secured.address(DEVICE), DEVICE)
+    (control,) = made
+    assert not control.thread_alive
+    assert not control.connected

@@ -7,6 +7,7 @@ import threading
 from edge_teacher.contract import frame
 from edge_teacher.contract.limits import Limits
 from edge_teacher.contract.messages import Empty
+from edge_teacher.rpc.fair_queue import Job, Key
 from edge_teacher.rpc.memory import MemoryBroker
 from edge_teacher.rpc.progress import Progress
 from edge_teacher.rpc.serve import Answer, Method, Server, Tensors
@@ -20,24 +21,42 @@ class Clock:
         return self.now
 
 
-def test_an_idle_worker_must_come_round_and_a_busy_one_must_end() -> None:
+def job(number: int, *, begun: bool = False) -> Job:
+    key = Key("fedsa/v1/ada/rsp/d1", bytes([number]))
+    message = Message(topic="fedsa/v1/d1/req/saliency", payload=b"")
+    return Job(key, "ada", "saliency", message, None, 0.0, begun=begun)
+
+
+def test_one_that_is_computed_for_too_long_is_hung_however_many_others_end() -> None:
     clock = Clock()
     progress = Progress(clock=clock)
-    progress.waits()
+    hung = job(0, begun=True)
+    for second in range(0, 600, 5):
+        clock.now = second
+        assert progress.look([hung, job(1 + second // 5 % 200, begun=True), job(250)], 600) == ""
+    clock.now = 606
+    said = progress.look([hung], 600)
+    assert said == "saliency has been computed for 606 s, and 600 s is the limit"
+    assert progress.look([], 600) == ""
+    # The same request again, long after: it is counted anew.
+    assert progress.look([hung], 600) == ""
+
+
+def test_requests_that_nobody_takes() -> None:
+    clock = Clock()
+    progress = Progress(clock=clock)
+    waiting = [job(1), job(2)]
+    assert progress.look(waiting, 600) == ""
     clock.now = 59
-    assert progress.stuck(600) == ""
+    assert progress.look(waiting, 600) == ""
     clock.now = 61
-    assert "has not come round for 61 s" in progress.stuck(600)
-    progress.begins("saliency")
-    clock.now += 599
-    assert progress.stuck(600) == ""
-    clock.now += 2
-    assert "has been at saliency for 601 s, and 600 s is the limit" in progress.stuck(600)
-    progress.waits()
-    assert progress.stuck(600) == ""
-    progress.waits_for_another()
-    clock.now += 10_000
-    assert progress.stuck(600) == ""
+    assert progress.look(waiting, 600) == "2 requests wait, and none has been begun for 61 s"
+    # While one is computed the others may wait as long as they like, and idle is no fault.
+    assert progress.look([*waiting, job(3, begun=True)], 600) == ""
+    clock.now = 100
+    assert progress.look(waiting, 600) == ""
+    clock.now = 10_000
+    assert progress.look([], 600) == ""
 
 
 def test_a_server_whose_worker_hangs_says_so_until_it_goes_on() -> None:
@@ -59,8 +78,10 @@ def test_a_server_whose_worker_hangs_says_so_until_it_goes_on() -> None:
     payload = frame.encode(Empty())
     asker.publish(Message(topic=topic, payload=payload, response_topic=back, correlation=b"1"))
     assert begun.wait(10)
-    assert "worker-0 has been at hang" in server.stuck(0)
+    assert server.stuck(0) == ""  # seen for the first time
+    assert "hang has been computed for 0 s, and 0 s is the limit" in server.stuck(0)
     assert server.stuck(600) == ""
     go_on.set()
     assert answered.wait(10)
+    assert server.stuck(0) == ""
     server.drain()
