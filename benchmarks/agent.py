@@ -77,7 +77,8 @@ def compare(
     device, _ = cores()
     with ExitStack() as stack:
         births = Births(broker.address, stack)
-        log = stack.enter_context((folder / "agent.log").open("ab"))
+        said = folder / f"{bundle.stem}.log"
+        log = stack.enter_context(said.open("ab"))
         command = agent_command(broker.address, bundle, owner, folder / "state")
         agent = stack.enter_context(started(command, device, stdout=log, stderr=log))
         births.wait()
@@ -86,7 +87,7 @@ def compare(
         many = Coordinators(broker.address, SIXTEEN, stack)
         large_blocks = one.upload(side, 32, 32)
         small_blocks = many.upload(side, 2, 8)
-        threading.Event().wait(3)  # the agent learns its batch sizes while it is idle
+        wait_until_learnt(said)
         bare.find_best(BATCHES)
         asks: dict[str, Callable[[], Rate]] = {
             "session": lambda: bare.rate(seconds),
@@ -116,6 +117,15 @@ def compare(
         resident = process_rss_bytes(agent.pid), process_rss_bytes(bare.pid)
         idle = idle_share(agent.pid)
     return medians, *resident, idle
+
+
+def wait_until_learnt(log: Path, deadline_s: float = 120) -> None:
+    """While it is idle the agent tries sizes of a step, for three choices of outputs, and says what it found."""
+    end = time.monotonic() + deadline_s
+    while log.read_text().count(": fastest with ") < 3:
+        if time.monotonic() > end:
+            raise RuntimeError(f"the agent has not learnt its batch sizes: {log.read_text()}")
+        threading.Event().wait(0.1)
 
 
 def idle_share(pid: int) -> float:
