@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 
 from edge_teacher.agent.batch_sizes import BatchSizes
 from edge_teacher.agent.ceiling import MemoryCeiling
-from edge_teacher.agent.stopwatch import Stopwatch
 from edge_teacher.agent.throttling import Throttling
 from edge_teacher.agent.work import Floats, Inference, Kind, Listener, Work
 from edge_teacher.contract.errors import Busy, RuntimeFailed
 from edge_teacher.contract.images import Images
 from edge_teacher.rpc.line import Asked, Line
 from edge_teacher.runtime import Session
+from edge_teacher.stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class Batcher:
         self._memory = memory
         self._throttling = throttling
         self.sizes: BatchSizes[Kind] = BatchSizes(
-            latency_s=latency_s, fits=lambda kind, rows: memory.fits(kind.memory, rows)
+            latency_s=latency_s, fits=lambda kind, rows: memory.fits(kind, rows)
         )
         self._all_probes = tuple(probes)
         self._probes = list(probes)
@@ -286,11 +286,11 @@ class Batcher:
         self, session: Session, images: Images, kind: Kind, outputs: frozenset[str]
     ) -> tuple[Mapping[str, Floats], float]:
         count = len(images)
-        before = self._memory.before_step(kind.memory, count)
+        before = self._memory.before_step(kind, count)
         started = self._stopwatch.start()
         found = session.run(images, sorted(outputs))
         seconds = self._stopwatch.seconds(started)
-        self._memory.after_step(kind.memory, count, before)
+        self._memory.after_step(kind, count, before)
         for name, values in found.items():
             if len(values) != count:
                 raise RuntimeFailed(

@@ -29,11 +29,6 @@ class Kind(NamedTuple):
     """(height, width)"""
     outputs: frozenset[str]
 
-    @property
-    def memory(self) -> Hashable:
-        """What the memory that a step takes depends on: a runtime keeps it for all outputs together."""
-        return self[:2]
-
 
 @dataclass(eq=False)
 class Inference:

@@ -24,7 +24,7 @@ TENSORRT = "TensorrtExecutionProvider"
 
 MAX_PARTS = 4
 """Graphs of fewer outputs that one session keeps: their weights take memory a second time."""
-PART_WORTH = 0.95
+PART_WORTH = 0.8
 """A part that takes more than this share of the whole graph's time is not worth its memory."""
 PART_IMAGES = 8
 """Images a part is judged on."""

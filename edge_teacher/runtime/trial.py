@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edge_teacher.contract.errors import CheckFailed
 from edge_teacher.runtime.session import Session
+from edge_teacher.stopwatch import Stopwatch
 
 BATCHES = (1, 32)
 """What is measured: one image, and as many as a coordinator asks about at once."""
@@ -143,11 +144,12 @@ def _fastest_ms(session: Session, images: NDArray[np.uint8]) -> float:
     outputs = session.outputs
     session.run(images, outputs)  # the first run of a shape prepares it
     times: list[float] = []
+    watch = Stopwatch()
     end = time.perf_counter() + _ENOUGH_S
     while len(times) < _ROUNDS or (time.perf_counter() < end and len(times) < 50):
-        started = time.perf_counter()
+        started = watch.start()
         session.run(images, outputs)
-        times.append(time.perf_counter() - started)
+        times.append(watch.seconds(started))
     return round(min(times) * 1e3 / len(images), 4)
 
 

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 MAX_PARTS = 4
 """Engines of fewer outputs: each has the weights and its buffers once more."""
-PART_WORTH = 0.95
+PART_WORTH = 0.8
 """A part that takes more than this share of the whole engine's time is not worth its memory."""
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from edge_teacher.agent.stopwatch import Stopwatch
+from edge_teacher.stopwatch import Stopwatch
 
 
 def test_without_the_kernel_s_count_it_is_what_passed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [10.0]
-    monkeypatch.setattr("edge_teacher.agent.stopwatch.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("edge_teacher.stopwatch.time.perf_counter", lambda: now[0])
     for path in (tmp_path / "none", tmp_path / "odd"):
         (tmp_path / "odd").write_text("nothing")
         watch = Stopwatch(str(path))
@@ -27,7 +27,7 @@ def test_what_was_waited_for_a_core_is_taken_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [10.0]
-    monkeypatch.setattr("edge_teacher.agent.stopwatch.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("edge_teacher.stopwatch.time.perf_counter", lambda: now[0])
     counts = tmp_path / "schedstat"
     counts.write_text("5 1000000000 7\n")
     watch = Stopwatch(str(counts))
