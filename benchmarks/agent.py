@@ -120,7 +120,7 @@ def compare(
 
 
 def wait_until_learnt(log: Path, deadline_s: float = 120) -> None:
-    """While it is idle the agent tries sizes of a step, for three choices of outputs, and says what it found."""
+    """While it is idle the agent tries sizes of a step for three choices of outputs, and says what it found."""
     end = time.monotonic() + deadline_s
     while log.read_text().count(": fastest with ") < 3:
         if time.monotonic() > end:

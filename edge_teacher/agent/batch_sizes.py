@@ -57,7 +57,9 @@ class _Kind:
 
     def rates(self) -> dict[int, float]:
         found = {rows: self.known(rows) for rows in SIZES}
-        return {rows: rows / (taken + _STEP_S) for rows, taken in found.items() if taken}
+        return {
+            rows: rows / (taken + _STEP_S) for rows, taken in found.items() if taken is not None
+        }
 
 
 class BatchSizes(Generic[K]):

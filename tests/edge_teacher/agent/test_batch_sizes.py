@@ -130,3 +130,10 @@ def test_small_loads_never_try_what_they_do_not_fill(waiting: int) -> None:
     sizes = BatchSizes(latency_s=10, fits=everything_fits)
     chosen = learn(sizes, lambda rows: rows * 1e-3, waiting=waiting)
     assert max(chosen) <= waiting
+
+
+def test_steps_too_short_to_be_measured_are_known_too() -> None:
+    sizes = BatchSizes(latency_s=10, fits=everything_fits)
+    learn(sizes, lambda _rows: 0.0)
+    assert sizes.untried(KIND) is None
+    assert sizes.best(KIND) == 128
