@@ -179,7 +179,7 @@ def learnt(world: World, best: int, outputs: frozenset[str] | None = None) -> No
         kind = Kind(id(world.teacher), (8, 8), names)
         for size in (1, 2, 4, 8, 16, 32, 64, 128):
             for _ in range(8):
-                world.batcher.sizes.took(kind, size, 1e-6 * size * (1 if size == best else 2))
+                world.batcher.sizes.took(kind, size, 1e-4 * size * (1 if size == best else 2))
 
 
 def test_small_queries_of_many_coordinators_are_one_inference(here: World) -> None:
