@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_teacher.contract.errors import Expired
 from edge_teacher.contract.images import Images
 from edge_teacher.rpc.line import Asked
 from edge_teacher.rpc.serve import Answer
@@ -150,6 +151,6 @@ class Work:
         """Nothing more is computed for who does not wait any longer; whether anybody does."""
         for listener in self.listeners:
             if not listener.asked.wanted:
-                listener.refuse(TimeoutError("nobody waits for it any more"))
+                listener.refuse(Expired("nobody waits for it any more"))
         self.listeners = [listener for listener in self.listeners if not listener.ended]
         return bool(self.listeners)
