@@ -7,6 +7,8 @@ import json
 import shutil
 import signal
 import subprocess
+import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +43,7 @@ from edge_teacher.contract.messages import (
 )
 from edge_teacher.rpc.invoke import Caller
 from edge_teacher.rpc.paho import PahoTransport
+from edge_teacher.rpc.transport import Message
 from tests.arm64 import Root, build_wheel, foreign, pip, root_with
 from tests.brokers import Mosquitto
 from tests.edge_teacher.rpc.test_paho import Inbox
@@ -105,7 +108,9 @@ class Agents:
         self.broker = broker
         self.folder = folder
         self.transport = PahoTransport(broker.address, "ada")
-        self.states = Inbox(self.transport, "fedsa/v1/+/state")
+        self._states: dict[str, State] = {}
+        self._changed = threading.Condition()
+        self.transport.subscribe("fedsa/v1/+/state", self._note)
         self.caller = Caller(self.transport, "ada")
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -122,13 +127,20 @@ class Agents:
     def log(self, device: str) -> Path:
         return self.folder / f"{device}.log"
 
+    def _note(self, message: Message) -> None:
+        with self._changed:
+            self._states[message.topic] = frame.decode(message.payload, State)[0]
+            self._changed.notify_all()
+
     def wait_for(self, device: str, *, online: bool) -> None:
-        for count in range(1, 20):
-            last = self.states.wait(count)[-1]
-            state, _ = frame.decode(last.payload, State)
-            if (last.topic, state.online) == (topics.state(device), online):
-                return
-        raise AssertionError(f"{device} never came: {self.log(device).read_text()}")
+        topic = topics.state(device)
+        end = time.monotonic() + WAIT_S
+        with self._changed:
+            while (state := self._states.get(topic)) is None or state.online != online:
+                self._changed.wait(1)
+                running = device not in self.processes or self.processes[device].poll() is None
+                assert running, self.log(device).read_text()
+                assert time.monotonic() < end, self.log(device).read_text()
 
     def answers(self, device: str, students: dict[str, bytes]) -> dict[str, np.ndarray]:
         """What `device` says about IMAGES, as float32."""
@@ -182,7 +194,7 @@ def agents(mosquitto: Mosquitto, tmp_path: Path) -> Iterator[Agents]:
 
 
 @pytest.mark.emulated
-@pytest.mark.timeout(360)
+@pytest.mark.timeout(600)
 def test_an_agent_on_aarch64_answers_as_one_here(
     root: Root, agents: Agents, students: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -222,7 +234,7 @@ def test_an_agent_on_aarch64_answers_as_one_here(
 
 
 @pytest.mark.emulated
-@pytest.mark.timeout(360)
+@pytest.mark.timeout(600)
 def test_what_is_installed_has_neither_torch_nor_onnx(root: Root) -> None:
     names = {path.name.split("-")[0].lower() for path in root.site.glob("*.dist-info")}
     assert {"fedsa_edge", "numpy", "onnxruntime", "paho_mqtt", "msgspec", "cryptography"} <= names
