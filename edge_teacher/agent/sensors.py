@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from edge_teacher.agent.sysfs import folders, number, text
+from edge_teacher.agent.sysfs import folders, millidegrees, number, text
 
 _GPU_NODES = ("gv11b", "gp10b", "ga10b", "gpu")
 """What the device tree calls a Jetson's own GPU."""
@@ -30,8 +30,8 @@ class Sensors:
         """By zone. Zones whose part is switched off are left out: reading them fails, or gives -256."""
         found: dict[str, float] = {}
         for zone in folders(self._sysfs / "class" / "thermal", "thermal_zone"):
-            value = number(zone / "temp")
-            if value is not None and -50_000 < value < 200_000:
+            value = millidegrees(zone)
+            if value is not None:
                 name = text(zone / "type") or zone.name
                 _add(
                     found,

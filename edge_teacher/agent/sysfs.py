@@ -29,3 +29,10 @@ def folders(parent: Path, prefix: str = "") -> list[Path]:
     except OSError:
         return []
     return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
+def millidegrees(zone: Path) -> int | None:
+    """The temperature of a thermal zone, in m°C; None for one without power, which refuses, or reads -256 °C on
+    a Jetson."""
+    found = number(zone / "temp")
+    return found if found is not None and -50_000 < found < 200_000 else None

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_teacher.agent.sysfs import folders, number, text
+from edge_teacher.agent.sysfs import folders, millidegrees, number, text
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Throttling:
             or any(
                 text(kind) in _TRIPS
                 for zone in folders(self._sysfs / "class/thermal", "thermal_zone")
-                if self._temperature(zone) is not None
+                if millidegrees(zone) is not None
                 for kind in zone.glob("trip_point_*_type")
             )
         )
@@ -155,7 +155,7 @@ class Throttling:
         `held`: it was throttled before, so a trip counts until the temperature is clearly below it.
         """
         for zone in folders(self._sysfs / "class/thermal", "thermal_zone"):
-            temperature = self._temperature(zone)
+            temperature = millidegrees(zone)
             if temperature is None:
                 continue
             reached = []
@@ -178,11 +178,6 @@ class Throttling:
                     f"trip point is {trip / 1000:.0f} °C",
                     any(kind != "passive" and temperature >= trip for trip, kind in reached),
                 )
-
-    def _temperature(self, zone: Path) -> int | None:
-        """In m°C; a sensor without power refuses, or reads -256 °C on a Jetson."""
-        temperature = number(zone / "temp")
-        return temperature if temperature is not None and -50_000 < temperature < 200_000 else None
 
     def _slows_down(self, zone: Path, index: str) -> bool:
         """Whether a trip is bound to something that holds clocks down; where nothing is bound, it counts."""
