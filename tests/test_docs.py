@@ -150,6 +150,7 @@ def test_looking_at_what_is_remembered_and_forgetting_it(shell: Shell) -> None:
     assert "d1" in (shell.folder / "0.log").read_text()
 
 
+@pytest.mark.timeout(300)
 def test_what_a_device_has_and_what_is_run_on_a_jetson(shell: Shell) -> None:
     for kind, commands in blocks(ROOT / "docs" / "hardware.md"):
         if kind == "sh":
@@ -179,6 +180,7 @@ def test_the_steps_by_hand(shell: Shell) -> None:
     assert all(process.poll() is None for process in shell.running)
 
 
+@pytest.mark.timeout(300)
 def test_the_steps_of_an_agent_with_a_file(shell: Shell) -> None:
     for kind, commands in blocks(ROOT / "docs" / "agent.md"):
         shell.run(kind, commands.replace("9464", str(shell.port + 1)))
