@@ -38,8 +38,11 @@ def digest(graph: bytes) -> str:
 
 def outputs_of(graph: bytes, name: str = "the graph") -> tuple[str, ...]:
     """The outputs an ONNX file declares. Raises CheckFailed if it cannot be read."""
-    parts = _graph(graph, name)
-    return tuple(_text(p.content, _VALUE_NAME) for p in parts if p.number == _OUTPUT)
+    try:
+        parts = _graph(graph, name)
+        return tuple(_text(p.content, _VALUE_NAME) for p in parts if p.number == _OUTPUT)
+    except (ValueError, IndexError) as error:
+        raise CheckFailed(_damaged(name)) from error
 
 
 def cut(graph: bytes, outputs: Sequence[str], name: str = "the graph") -> bytes:
@@ -47,6 +50,14 @@ def cut(graph: bytes, outputs: Sequence[str], name: str = "the graph") -> bytes:
 
     Raises CheckFailed if the file cannot be read, has no such output, or has its nodes in no order.
     """
+    try:
+        return _cut(graph, outputs, name)
+    except (ValueError, IndexError) as error:  # further in than `_graph` looks
+        raise CheckFailed(_damaged(name)) from error
+
+
+def _cut(graph: bytes, outputs: Sequence[str], name: str) -> bytes:
+    """Raises ValueError or IndexError for a part that is no protobuf message, or a name that is no UTF-8."""
     parts = _graph(graph, name)
     declared = [_text(p.content, _VALUE_NAME) for p in parts if p.number == _OUTPUT]
     missing = set(outputs) - set(declared)
@@ -125,7 +136,11 @@ def _graph(model: bytes, name: str) -> list[_Field]:
         (graph,) = [f.content for f in _fields(memoryview(model)) if f.number == _MODEL_GRAPH]
         return list(_fields(graph))
     except (ValueError, IndexError) as error:
-        raise CheckFailed(f"{name} is no ONNX file, or a damaged one: export it again") from error
+        raise CheckFailed(_damaged(name)) from error
+
+
+def _damaged(name: str) -> str:
+    return f"{name} is no ONNX file, or a damaged one: export it again"
 
 
 def _fields(message: memoryview) -> Iterator[_Field]:
