@@ -1,6 +1,6 @@
 """What it costs that the teachers are elsewhere: in accuracy, in time, on a slow link, with devices lost.
 
-    python -m benchmarks.remote [--seeds 3] [--only inside loopback link lost torchrun]
+    python -m benchmarks.remote [--seeds 3] [--only inside loopback links link lost torchrun]
 
 The demo's eight teachers and photographs, one thread for everybody: an idle machine of two cores will do.
 
@@ -35,7 +35,7 @@ from benchmarks.transport_link import slow_links, why_no_link
 from coordinator import processes
 from coordinator.broker import local_broker
 from coordinator.demo import EXAMPLES
-from edge_teacher.contract.errors import FedsaError
+from edge_teacher.contract.errors import CheckFailed, FedsaError
 from edge_teacher.keys import private_key_at
 
 CASES = ("inside", "loopback", "links", "link", "lost", "torchrun")
@@ -78,7 +78,7 @@ def agents(
 
 
 def run(*arguments: str, within: tuple[str, ...] = (), world: int = 1) -> Outcome:
-    """One training, in a process of its own, or in `world` of them. Raises RuntimeError if it fails."""
+    """One training, in a process of its own, or in `world` of them. Raises CheckFailed if it fails."""
     module = ["-m", "benchmarks.remote_run"]
     if world > 1:
         module = [
@@ -98,7 +98,8 @@ def run(*arguments: str, within: tuple[str, ...] = (), world: int = 1) -> Outcom
             check=False,
         )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        words = done.stderr.strip()[-2000:]
+        raise CheckFailed(f"{' '.join(command)} ended with {done.returncode}: {words}")
     return msgspec.json.decode(done.stdout.strip().splitlines()[-1], type=Outcome)
 
 
