@@ -152,7 +152,7 @@ def config_of(trial: Trial) -> Config:
         scratch=ScratchConfig(epochs=0),
         aggregation=AggregationConfig(rounds=ROUNDS),
         selection=SelectionConfig(every_rounds=ROUNDS),
-        finetune=FinetuneConfig(epochs=5 if few else 8, rate=0.005 if few else 0.02),
+        finetune=FinetuneConfig(epochs=5 if few else 25, rate=0.005 if few else 0.05),
     )
     replace = msgspec.structs.replace
     k = {"fedsa_top3": 3, "fedsa_top5": 5, "random3": 3, "fedsa_paper": 3}.get(trial.method, COUNT)
