@@ -18,18 +18,13 @@ import msgspec
 from torch import Tensor
 
 from coordinator.adapted import Adapted
-from coordinator.config import (
-    BrokerConfig,
-    Config,
-    DevicesConfig,
-    DistributedConfig,
-    config_toml,
-)
+from coordinator.config import BrokerConfig, Config, DevicesConfig, DistributedConfig
 from coordinator.data import SINGLE, SeveralTasks
 from coordinator.files import load_tensors, save_tensors
 from coordinator.ranks import ALONE, Ranks
 from coordinator.roster import Lost
 from coordinator.selection import Selection
+from coordinator.settings import config_toml
 from edge_teacher.contract.errors import UsageError
 
 State = Mapping[str, Tensor]

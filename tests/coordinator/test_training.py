@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from coordinator.checkpoints import Run
-from coordinator.config import AggregationConfig, Config, load_config
+from coordinator.config import AggregationConfig, Config
 from coordinator.data import LabelledImages, TaskData
 from coordinator.results import curves, task_result
+from coordinator.settings import load_config
 from coordinator.student import load_student, predict
-from coordinator.training import TrainingResult, refits_before, train
+from coordinator.targets import refits_before
+from coordinator.training import TrainingResult, train
 from edge_teacher.contract.errors import CheckFailed, UsageError
 from tests.coordinator.local_teacher import LocalTeacher, coloured_images, random_teacher
 
