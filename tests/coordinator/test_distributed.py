@@ -299,7 +299,7 @@ def fail_in_a_step(ranks: Ranks) -> str:
         draw=lambda batches, random: (Drawn.of(batches[0], 0, random),),
         loss=lambda drawn: (Failing()(drawn.index), Losses(0.0)),
     )
-    run = Run(Path("not written"), Record(config="", data="", teachers={}), {}, written=False)
+    run = Run(Path("not written"), Record(config={}, data="", teachers={}), {}, written=False)
     loop = Loop(run, Silent(), batch=4, weight_decay=0.0, checkpoint_s=9.0, ranks=ranks)
     try:
         loop.learn(lesson, torch.Generator().manual_seed(0))
