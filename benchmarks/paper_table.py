@@ -52,14 +52,11 @@ def trials() -> list[Trial]:
     for seed in (3, 4):
         found += [Trial(m, task, 0.01, seed) for task in PAIRED for m in pair]
     for seed in (0, 1):
-        found += [
-            Trial(m, "cifar10", 0.1, seed)
-            for m in ("scratch", "fedsa_top3", "fedsa_all", "transfer")
-        ]
-    for seed in (0, 1):
         found += [Trial("fedsa_top3", task, 0.01, seed) for task in ("together", *TOGETHER)]
     for seed in range(3):
         found += [Trial(m, "cifar10", 0.01, seed, "mixed") for m in (*pair, "fedsa_all")]
+    tenth = ("scratch", "fedsa_top3", "fedsa_all", "transfer")
+    found += [Trial(m, "cifar10", 0.1, seed) for seed in (0, 1) for m in tenth]
     return list(dict.fromkeys(found))
 
 

@@ -1,12 +1,13 @@
 """What it costs that the teachers are elsewhere: in accuracy, in time, on a slow link, with devices lost.
 
-    python -m benchmarks.remote [--seeds 3] [--only inside loopback link lost torchrun]
+    python -m benchmarks.remote [--seeds 3] [--only inside loopback links link lost torchrun]
 
 The demo's eight teachers and photographs, one thread for everybody: an idle machine of two cores will do.
 
 inside      the teachers are in the training process, and answer in fp16 as a device does
 loopback    each is on an agent of its own, over a broker on this machine
-link        the agents are behind one link of 10 Mbit/s (needs root, for network namespaces)
+links       each agent is behind a link of 10 Mbit/s of its own (needs root, for network namespaces)
+link        all of them are behind one link of 10 Mbit/s
 lost        three of the eight agents are killed, two of them selected ones: once as these are asked, once after
             half of the rounds
 torchrun    two processes train together
@@ -23,20 +24,21 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean, pstdev
 
 import msgspec
 
 from benchmarks.remote_run import SETTINGS, Outcome, device_of, settings, teacher_bundles
-from benchmarks.transport_link import slow_link, why_no_link
+from benchmarks.transport_link import slow_links, why_no_link
 from coordinator import processes
 from coordinator.broker import local_broker
 from coordinator.demo import EXAMPLES
-from edge_teacher.contract.errors import FedsaError
+from edge_teacher.contract.errors import CheckFailed, FedsaError
 from edge_teacher.keys import private_key_at
 
-CASES = ("inside", "loopback", "link", "lost", "torchrun")
+CASES = ("inside", "loopback", "links", "link", "lost", "torchrun")
 LOST = 3
 """Of eight: 30 %, rounded up."""
 _ONE_THREAD = {
@@ -47,18 +49,22 @@ _ONE_THREAD = {
 
 
 @contextmanager
-def agents(url: str, folder: Path, within: tuple[str, ...] = ()) -> Iterator[dict[str, int]]:
+def agents(
+    urls: Sequence[str], folder: Path, within: Sequence[tuple[str, ...]] = ((),)
+) -> Iterator[dict[str, int]]:
     """One agent for each of the demo's teachers, as a process: its device's name -> its process id.
 
-    `within`: a command to run them through.
+    `urls` of the broker and `within`, what they are run through, are dealt to them in turn.
     """
     private_key_at(folder / "coordinator.key")
     started: dict[str, subprocess.Popen[bytes]] = {}
     try:
-        for bundle in teacher_bundles():
+        for bundle, url, through in zip(
+            teacher_bundles(), cycle(urls), cycle(within), strict=False
+        ):
             device = device_of(bundle)
             command = [
-                *(*within, sys.executable, "-m", "edge_teacher", "run", "--device", device),
+                *(*through, sys.executable, "-m", "edge_teacher", "run", "--device", device),
                 *("--broker", url, "--bundle", str(bundle), "--threads", "1"),
                 *("--owner-key", str(EXAMPLES / "teachers" / "owner.pub")),
                 *("--coordinator-key", str(folder / "coordinator.pub")),
@@ -72,7 +78,7 @@ def agents(url: str, folder: Path, within: tuple[str, ...] = ()) -> Iterator[dic
 
 
 def run(*arguments: str, within: tuple[str, ...] = (), world: int = 1) -> Outcome:
-    """One training, in a process of its own, or in `world` of them. Raises RuntimeError if it fails."""
+    """One training, in a process of its own, or in `world` of them. Raises CheckFailed if it fails."""
     module = ["-m", "benchmarks.remote_run"]
     if world > 1:
         module = [
@@ -92,14 +98,15 @@ def run(*arguments: str, within: tuple[str, ...] = (), world: int = 1) -> Outcom
             check=False,
         )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        words = done.stderr.strip()[-2000:]
+        raise CheckFailed(f"{' '.join(command)} ended with {done.returncode}: {words}")
     return msgspec.json.decode(done.stdout.strip().splitlines()[-1], type=Outcome)
 
 
 def on_loopback(seed: int, more: Sequence[str], world: int = 1) -> Outcome:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        with local_broker(folder / "broker") as broker, agents(str(broker.address), folder):
+        with local_broker(folder / "broker") as broker, agents([str(broker.address)], folder):
             url = str(broker.address)
             return run("--teachers", url, "--seed", str(seed), *more, world=world)
 
@@ -110,7 +117,7 @@ def with_devices_lost(seed: int, more: Sequence[str], at: str, chosen: tuple[str
         folder = Path(place)
         with (
             local_broker(folder / "broker") as broker,
-            agents(str(broker.address), folder) as pids,
+            agents([str(broker.address)], folder) as pids,
         ):
             others = [device for device in pids if device not in chosen]
             lost = [*chosen[:2], *others][:LOST]
@@ -121,11 +128,11 @@ def with_devices_lost(seed: int, more: Sequence[str], at: str, chosen: tuple[str
             )
 
 
-def over_slow_link(seed: int, more: Sequence[str]) -> Outcome:
+def over_slow_links(seed: int, more: Sequence[str], count: int) -> Outcome:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        with slow_link(folder) as link, agents(link.url, folder, link.there):
-            return run("--teachers", link.url, "--seed", str(seed), *more, within=link.here)
+        with slow_links(folder, count) as links, agents(links.urls, folder, links.there):
+            return run("--teachers", links.urls[0], "--seed", str(seed), *more, within=links.here)
 
 
 class Found:
@@ -170,10 +177,11 @@ def main() -> int:
                 found.note("inside", seed, run("--teachers", "inside", "--seed", str(seed), *more))
             if "loopback" in options.only:
                 found.note("loopback", seed, on_loopback(seed, more))
-        if "link" in options.only and why:
-            print(f"link: not measured, {why}")
-        elif "link" in options.only:
-            found.note("link", 0, over_slow_link(0, more))
+        for case, count in (("links", len(teacher_bundles())), ("link", 1)):
+            if case in options.only and why:
+                print(f"{case}: not measured, {why}")
+            elif case in options.only:
+                found.note(case, 0, over_slow_links(0, more, count))
         if "lost" in options.only:
             whole = found.outcomes.get("loopback") or [on_loopback(0, more)]
             for case, at in (("lost as they are asked", "ask"), ("lost at half time", half_time)):
@@ -184,7 +192,7 @@ def main() -> int:
         print(f"remote: {error}", file=sys.stderr)
         return error.exit_code
     told: dict[str, object] = {"outcomes": found.outcomes}
-    bases = {"loopback": "inside", "link": "inside"}
+    bases = dict.fromkeys(("loopback", "links", "link"), "inside")
     for case in found.outcomes:
         base = bases.get(case, "loopback")
         if case != "inside" and base in found.outcomes:

@@ -24,13 +24,14 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from coordinator.answers import RememberedAnswers
-from coordinator.config import Config, load_config
+from coordinator.config import Config
 from coordinator.connection import connect
 from coordinator.data import read_configured
 from coordinator.demo import EXAMPLES, with_demo_data
 from coordinator.encodings import EncodingLedger
 from coordinator.progress import Silent
 from coordinator.ranks import joined
+from coordinator.settings import load_config
 from coordinator.shared_teachers import shared
 from coordinator.teachers import RemoteTeacher, Teacher, as_sent
 from coordinator.training import train

@@ -27,7 +27,6 @@ RATE = "10mbit"
 QUEUE = "400ms"
 """What the link's own buffer holds: tc's documentation uses it, and home routers hold more."""
 
-_HERE, _THERE = "10.253.77.1", "10.253.77.2"
 _PORT = 1883
 
 
@@ -39,80 +38,90 @@ def control_over_slow_link() -> float | None:
         return None
     with (
         tempfile.TemporaryDirectory() as folder,
-        slow_link(Path(folder)) as link,
-        running("device", link.url, within=link.there),
+        slow_links(Path(folder)) as link,
+        running("device", link.urls[0], within=link.there[0]),
     ):
-        command = [*link.here, sys.executable, "-m", "benchmarks.transport_link", link.url]
+        command = [*link.here, sys.executable, "-m", "benchmarks.transport_link", link.urls[0]]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     print(output, end="")
     return float(output.split()[-1])
 
 
 def why_no_link() -> str:
-    """What is missing for `slow_link` here; empty if nothing is."""
-    missing = [tool for tool in ("ip", "tc", "mosquitto") if not find(tool)]
+    """What is missing for `slow_links` here; empty if nothing is."""
+    missing = [tool for tool in ("ip", "tc", "mosquitto") if not _find(tool)]
     if missing:
         return f"{', '.join(missing)} is missing"
     return "" if os.geteuid() == 0 else "only root makes namespaces"
 
 
 @dataclass(frozen=True)
-class Link:
-    """Two ends of a link; `here` and `there` are what a command is run through at either."""
+class Links:
+    """Ends of links; a command is run through `here` at the near one, and through one of `there` at the far.
+
+    `urls` are of the broker, which is here, as each of the far ends calls it.
+    """
 
     here: tuple[str, ...]
-    there: tuple[str, ...]
-    url: str
-    """Of the broker, which is here."""
+    there: tuple[tuple[str, ...], ...]
+    urls: tuple[str, ...]
 
 
 @contextmanager
-def slow_link(folder: Path) -> Iterator[Link]:
-    """A shaped link with a broker at one end, whose settings are put into `folder`."""
-    with namespaces() as (here, there):
+def slow_links(folder: Path, count: int = 1) -> Iterator[Links]:
+    """Shaped links with a broker at the near end of all, whose settings are put into `folder`."""
+    with _namespaces(count) as (here, there):
         config = folder / "mosquitto.conf"
         config.write_text(
-            f"listener {_PORT} {_HERE}\nallow_anonymous true\nset_tcp_nodelay true\nuser root\n"
+            f"listener {_PORT}\nallow_anonymous true\nset_tcp_nodelay true\nuser root\n"
         )
-        binary = find("mosquitto") or "mosquitto"
+        binary = _find("mosquitto") or "mosquitto"
         broker = subprocess.Popen(
-            [*within(here), binary, "-c", str(config)], stderr=subprocess.DEVNULL
+            [*_within(here), binary, "-c", str(config)], stderr=subprocess.DEVNULL
         )
+        urls = tuple(f"mqtt://{_address(number)[0]}:{_PORT}" for number in range(count))
         try:
             time.sleep(1)
-            yield Link(within(here), within(there), f"mqtt://{_HERE}:{_PORT}")
+            yield Links(_within(here), tuple(map(_within, there)), urls)
         finally:
             broker.kill()
             broker.wait()
 
 
 @contextmanager
-def namespaces() -> Iterator[tuple[str, str]]:
-    names = (f"fedsa-a-{os.getpid()}", f"fedsa-b-{os.getpid()}")
-    ends = (f"fa{os.getpid()}", f"fb{os.getpid()}")
+def _namespaces(count: int) -> Iterator[tuple[str, list[str]]]:
+    here = f"fedsa-a-{os.getpid()}"
+    there = [f"fedsa-b{number}-{os.getpid()}" for number in range(count)]
+    shape = ("tbf", "rate", RATE, "burst", "32kbit", "latency", QUEUE)
     try:
-        for name in names:
+        for name in (here, *there):
             _run("ip", "netns", "add", name)
-        _run("ip", "link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
-        for name, end, address in zip(names, ends, (_HERE, _THERE), strict=True):
-            _run("ip", "link", "set", end, "netns", name)
-            inside = ("ip", "-n", name)
-            _run(*inside, "addr", "add", f"{address}/24", "dev", end)
-            _run(*inside, "link", "set", "lo", "up")
-            _run(*inside, "link", "set", end, "up")
-            shape = ("tbf", "rate", RATE, "burst", "32kbit", "latency", QUEUE)
-            _run(*within(name), "tc", "qdisc", "add", "dev", end, "root", *shape)
-        yield names
+            _run("ip", "-n", name, "link", "set", "lo", "up")
+        for number, far in enumerate(there):
+            ends = (f"fa{number}-{os.getpid()}", f"fb{number}-{os.getpid()}")
+            _run("ip", "link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+            for name, end, address in zip((here, far), ends, _address(number), strict=True):
+                _run("ip", "link", "set", end, "netns", name)
+                inside = ("ip", "-n", name)
+                _run(*inside, "addr", "add", f"{address}/24", "dev", end)
+                _run(*inside, "link", "set", end, "up")
+                _run(*_within(name), "tc", "qdisc", "add", "dev", end, "root", *shape)
+        yield here, there
     finally:
-        for name in names:
+        for name in (here, *there):
             subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
 
 
-def within(namespace: str) -> tuple[str, ...]:
+def _address(number: int) -> tuple[str, str]:
+    """Of the near and of the far end of a link."""
+    return f"10.253.{77 + number}.1", f"10.253.{77 + number}.2"
+
+
+def _within(namespace: str) -> tuple[str, ...]:
     return ("ip", "netns", "exec", namespace)
 
 
-def find(tool: str) -> str | None:
+def _find(tool: str) -> str | None:
     return shutil.which(tool) or shutil.which(tool, path="/usr/sbin:/sbin")
 
 

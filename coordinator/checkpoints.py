@@ -18,13 +18,7 @@ import msgspec
 from torch import Tensor
 
 from coordinator.adapted import Adapted
-from coordinator.config import (
-    BrokerConfig,
-    Config,
-    DevicesConfig,
-    DistributedConfig,
-    config_toml,
-)
+from coordinator.config import BrokerConfig, Config, DevicesConfig, DistributedConfig
 from coordinator.data import SINGLE, SeveralTasks
 from coordinator.files import load_tensors, save_tensors
 from coordinator.ranks import ALONE, Ranks
@@ -75,7 +69,8 @@ class RoundSelection(msgspec.Struct, frozen=True):
 class Record(msgspec.Struct):
     """All of a run's state that is not a tensor."""
 
-    config: str
+    config: dict[str, Any]
+    """Key to value, of the settings that decide the result."""
     data: str
     teachers: dict[str, str]
     """Name to identity."""
@@ -179,6 +174,8 @@ class Run:
         run = _read(path)
         for what in ("config", "data", "teachers"):
             if what == "teachers" and _none_is_another(run.record, fresh):
+                continue
+            if what == "config" and not _other_settings(run.record.config, fresh.config):
                 continue
             if getattr(run.record, what) != getattr(fresh, what):
                 raise UsageError(
@@ -329,7 +326,7 @@ def _read(path: Path) -> Run:
         raise UsageError(f"{path} is not {what}: {error}; name a new folder.") from error
 
 
-def _settings(config: Config) -> str:
+def _settings(config: Config) -> dict[str, Any]:
     """What decides the result: not the broker, the threads, patience or how often it is saved."""
     neutral = msgspec.structs.replace(
         config,
@@ -339,7 +336,23 @@ def _settings(config: Config) -> str:
         threads=0,
         checkpoint_s=0,
     )
-    return config_toml(neutral)
+    found: dict[str, Any] = {}
+    for key, value in msgspec.to_builtins(neutral).items():
+        if isinstance(value, dict):
+            found |= {f"{key}.{name}": each for name, each in value.items()}
+        else:
+            found[key] = value
+    return found
+
+
+def _other_settings(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """The keys whose values differ. A run from before a key was there had its default."""
+    default = _settings(Config())
+    return [
+        key
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key, default.get(key)) != here.get(key, default.get(key))
+    ]
 
 
 def _none_is_another(there: Record, here: Record) -> bool:
@@ -353,10 +366,10 @@ def _none_is_another(there: Record, here: Record) -> bool:
 
 def _difference(there: Record, here: Record, what: str) -> str:
     if what == "config":
-        pairs = zip(there.config.splitlines(), here.config.splitlines(), strict=False)
-        for old, new in pairs:
-            if old != new:
-                return f" ({old.split('  #')[0]} there, {new.split('  #')[0]} here)"
+        key = _other_settings(there.config, here.config)[0]
+        default = _settings(Config())
+        old, new = (one.config.get(key, default.get(key)) for one in (there, here))
+        return f" ({key} is {old!r} there and {new!r} here)"
     if what == "teachers":
         parts = {
             "new": here.teachers.keys() - there.teachers.keys(),

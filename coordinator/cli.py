@@ -192,8 +192,8 @@ def _terminable() -> Iterator[None]:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from coordinator.config import load_config
     from coordinator.demo import EXAMPLES, DemoOptions, run_demo, with_demo_data
+    from coordinator.settings import load_config
 
     examples = options.examples or EXAMPLES
     config = load_config(options.config, run_settings(options))
@@ -214,7 +214,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _config(_options: argparse.Namespace) -> int:
-    from coordinator.config import example_config
+    from coordinator.settings import example_config
 
     sys.stdout.write(example_config())
     return 0

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from coordinator.config import Config, config_toml, load_config
+from coordinator.config import Config
+from coordinator.settings import config_toml, load_config
 from edge_teacher.contract.errors import UsageError
 from edge_teacher.files import write_atomically
 

@@ -64,7 +64,7 @@ def add_train(command: AddCommand, broker_options: Callable[..., None]) -> None:
 
 def run_options(command: argparse.ArgumentParser) -> None:
     """What every command takes that trains."""
-    from coordinator.config import config_keys
+    from coordinator.settings import config_keys
 
     command.add_argument("--config", type=Path, help="TOML file of settings")
     command.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
@@ -79,7 +79,7 @@ def run_options(command: argparse.ArgumentParser) -> None:
 
 def run_settings(options: argparse.Namespace) -> Mapping[str, str]:
     """The configuration keys given as flags."""
-    from coordinator.config import config_keys
+    from coordinator.settings import config_keys
 
     given = {key: getattr(options, key, None) for key in config_keys()}
     of_tasks: dict[str, str] = options.tasks
@@ -138,10 +138,10 @@ def _train(options: argparse.Namespace) -> int:
     from coordinator.data import read_configured
     from coordinator.pipeline import TaskRun, Timings, run_task, train_along
     from coordinator.ranks import joined
+    from coordinator.requirements import require_enough
     from coordinator.resume import keep
     from coordinator.terminal import TerminalProgress
     from coordinator.tracking import tracked
-    from coordinator.training import require_enough
     from edge_teacher.files import locked
 
     with ExitStack() as stack:
@@ -214,15 +214,15 @@ def _train(options: argparse.Namespace) -> int:
 
 def _distributed(options: argparse.Namespace) -> DistributedConfig:
     """How long the processes wait for each other: known before they have met."""
-    from coordinator.config import load_config
+    from coordinator.settings import load_config
 
     return load_config(options.config, run_settings(options)).distributed
 
 
 def _place(options: argparse.Namespace) -> tuple[Path, Begun]:
     """The run's folder, and what it is begun or gone on with. Raises UsageError."""
-    from coordinator.config import load_config
     from coordinator.resume import Begun, begun_with
+    from coordinator.settings import load_config
 
     name = options.resume or options.name
     if name in _TAKEN:

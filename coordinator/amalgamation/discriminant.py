@@ -6,7 +6,8 @@ the many unlabelled images do. Two steps:
 1. Kernel ridge regression of the labels, of a Gaussian kernel, guesses every unlabelled image's class.
 2. Fisher's discriminants of all images, each with the label or the guess it has: class means and one
    covariance within the classes. That is one step of expectation maximisation for a Gaussian of each
-   class with a common covariance (McLachlan 1975); further steps drift away from the labels.
+   class with a common covariance (McLachlan 1975), all classes alike likely beforehand: how many labels
+   a class has says little about how frequent it is. Further steps drift away from the labels.
 
 Features are standardised by the caller. How the numbers below were found is in docs/method.md.
 """
@@ -19,6 +20,8 @@ from torch import Tensor
 MOST_LABELS = 5000
 """Above it the kernel of the labels is too large to be worth it."""
 
+UNKNOWN = -1e4
+"""A logit beside which all others are likely."""
 _WIDTH = 2.0
 """Of the kernel: exp(-|x - y|^2 / (2 * _WIDTH * D)) for D features of unit variance."""
 _RIDGE = 0.1
@@ -39,7 +42,16 @@ class Discriminant:
         self._products = unlabelled.T @ unlabelled
 
     def fit(self, x: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor]:
-        """x float64[N, D] with labels float64[N, classes] -> (weight [D, classes], bias [classes])."""
+        """x float64[N, D] with labels float64[N, classes] -> (weight [D, classes], bias [classes]).
+
+        A class without a label is no image's: its bias is `UNKNOWN`.
+        """
+        known = one_hot.sum(0) > 0
+        if not known.all():
+            weight = x.new_zeros(x.shape[1], len(known))
+            bias = x.new_full((len(known),), UNKNOWN)
+            weight[:, known], bias[known] = self.fit(x, one_hot[:, known])
+            return weight, bias
         guesses = _guessed(x, one_hot, self._z)
         shares = _LABEL_WEIGHT * one_hot
         counts = shares.sum(0) + guesses.sum(0)

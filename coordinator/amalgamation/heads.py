@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coordinator.amalgamation.discriminant import MOST_LABELS, Discriminant
+from coordinator.amalgamation.discriminant import MOST_LABELS, UNKNOWN, Discriminant
 
 _PENALTIES = (1.0, 0.3, 0.1, 0.03)
 """The strongest first: each fit begins where the last ended."""
@@ -111,15 +111,21 @@ def fit_task_head(
     scale = _Scale.of(features, unlabelled)
     x, one_hot = scale.applied(features), F.one_hot(y, classes).double()
     discriminant = Discriminant(scale.applied(unlabelled))
+    temperature, score = 1.0, math.nan
     if like is not None:
-        temperature, score = like.temperature, math.nan
+        temperature = like.temperature
     else:
         held = torch.zeros(len(x), classes, dtype=torch.float64)
         for fold in np.unique(part):
             rows = torch.from_numpy(part == fold)
             weight, bias = discriminant.fit(x[~rows], one_hot[~rows])
             held[rows] = x[rows] @ weight + bias
-        temperature = min(_TEMPERATURES, key=lambda t: float(F.cross_entropy(held / t, y)))
+        # A class whose only label was held out is not known there.
+        told = held[torch.arange(len(y)), y] > UNKNOWN / 2
+        if told.any():
+            temperature = min(
+                _TEMPERATURES, key=lambda t: float(F.cross_entropy(held[told] / t, y[told]))
+            )
         score = _accuracy(held.numpy(), labels)
         regressed = regression()
         if regressed.cv_score - score > 2 * math.sqrt(score * (1 - score) / len(x)):

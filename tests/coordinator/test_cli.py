@@ -168,7 +168,7 @@ def test_data_that_is_not_there(tmp_path: Path) -> None:
 
 def test_no_teacher_at_all(tmp_path: Path, mosquitto: Mosquitto) -> None:
     done = fedsa(*train(tmp_path, broker=str(mosquitto.address)))
-    one_sentence(done, 1, "0 of 1 teachers", "agents running")
+    one_sentence(done, 1, "0 of 1 teacher announced", "agents running")
     assert not (tmp_path / "runs").exists()
 
 

@@ -4,8 +4,9 @@ import msgspec
 import pytest
 import tomllib
 
-from coordinator import config as module
-from coordinator.config import Config, config_toml, environment_name, example_config, load_config
+from coordinator import settings as module
+from coordinator.config import Config
+from coordinator.settings import config_toml, environment_name, example_config, load_config
 from edge_teacher.contract.errors import UsageError
 
 

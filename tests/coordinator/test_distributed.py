@@ -22,16 +22,18 @@ from torch import nn
 
 from coordinator.amalgamation.task import Losses
 from coordinator.checkpoints import Record, Run
-from coordinator.config import Config, DistributedConfig, load_config
+from coordinator.config import Config, DistributedConfig
 from coordinator.data import LabelledImages, TaskData, as_several, read_labelled
 from coordinator.loop import Drawn, Lesson, Loop
 from coordinator.optimisation import OneCycle
 from coordinator.progress import Silent
 from coordinator.ranks import Apart, Ranks, joined, speaking
 from coordinator.report import read_report
+from coordinator.requirements import require_shares
+from coordinator.settings import load_config
 from coordinator.shared_teachers import shared
 from coordinator.student import accuracy, load_student, predict
-from coordinator.training import require_shares, train
+from coordinator.training import train
 from edge_teacher.contract.errors import Busy, UsageError
 from tests.brokers import Mosquitto, free_port
 from tests.coordinator.liars import SPOILT, Liar
@@ -297,7 +299,7 @@ def fail_in_a_step(ranks: Ranks) -> str:
         draw=lambda batches, random: (Drawn.of(batches[0], 0, random),),
         loss=lambda drawn: (Failing()(drawn.index), Losses(0.0)),
     )
-    run = Run(Path("not written"), Record(config="", data="", teachers={}), {}, written=False)
+    run = Run(Path("not written"), Record(config={}, data="", teachers={}), {}, written=False)
     loop = Loop(run, Silent(), batch=4, weight_decay=0.0, checkpoint_s=9.0, ranks=ranks)
     try:
         loop.learn(lesson, torch.Generator().manual_seed(0))

@@ -11,9 +11,10 @@ import torch
 
 from coordinator.adaptation import Adaptation, hold_out
 from coordinator.adapted import Adapted, in_words
-from coordinator.config import Config, FinetuneConfig, load_config
+from coordinator.config import Config, FinetuneConfig
 from coordinator.data import LabelledImages, SeveralTasks, TaskData, as_several
 from coordinator.ranks import ALONE
+from coordinator.settings import load_config
 from coordinator.student import Student, StudentSpec, measure, predict
 from coordinator.training import TrainingResult, train
 from edge_teacher.contract.errors import UsageError

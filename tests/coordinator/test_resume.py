@@ -4,9 +4,9 @@ import pytest
 
 from coordinator import processes
 from coordinator.cli import main
-from coordinator.config import load_config
 from coordinator.report import read_report
 from coordinator.resume import Begun, begun_with, keep
+from coordinator.settings import load_config
 from edge_teacher.contract.errors import UsageError
 from tests.brokers import Mosquitto
 from tests.coordinator.small_fleet import small_fleet

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.cli import main, parse
-from coordinator.config import load_config
+from coordinator.settings import load_config
 from coordinator.task_flags import require_settings
 from edge_teacher.contract.errors import UsageError
 

@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from coordinator.amalgamation.task import joint_weights
-from coordinator.config import Config, load_config
+from coordinator.config import Config
 from coordinator.data import LabelledTask, SeveralTasks, TaskData
 from coordinator.optimisation import joint_batches, joint_steps, shuffled_batches
+from coordinator.settings import load_config
 from coordinator.student import grad_cam, load_student, predict, scale_maps
 from coordinator.training import TrainingResult, train
 from edge_teacher.contract.errors import UsageError

@@ -1,4 +1,5 @@
 import itertools
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 from coordinator.checkpoints import Run
-from coordinator.config import AggregationConfig, Config, load_config
-from coordinator.data import LabelledImages, TaskData
+from coordinator.config import AggregationConfig, Config
+from coordinator.data import LabelledImages, TaskData, as_several
 from coordinator.results import curves, task_result
+from coordinator.settings import load_config
 from coordinator.student import load_student, predict
-from coordinator.training import TrainingResult, refits_before, train
+from coordinator.targets import refits_before
+from coordinator.training import TrainingResult, train
 from edge_teacher.contract.errors import CheckFailed, UsageError
 from tests.coordinator.local_teacher import LocalTeacher, coloured_images, random_teacher
 
@@ -234,13 +237,31 @@ def test_another_run_in_the_folder_is_not_mixed_in(
 ) -> None:
     _, _, folder = whole
     changed = msgspec.structs.replace(CONFIG, seed=1)
-    with pytest.raises(UsageError, match=r"other config \(seed = 0 there, seed = 1 here\)"):
+    with pytest.raises(UsageError, match=r"other config \(seed is 0 there and 1 here\)"):
         train(changed, DATA, teachers(), folder)
     fewer = TaskData(DATA.probe, DATA.transfer[:50], DATA.test)
     with pytest.raises(UsageError, match="other data"):
         train(CONFIG, fewer, teachers(), folder)
     with pytest.raises(UsageError, match=r"other teachers \(new: new; --device chooses\)"):
         train(CONFIG, DATA, {**teachers(), "new": teachers()["t0"]}, folder)
+
+
+def test_a_run_from_before_a_setting_was_there_had_its_default(
+    whole: tuple[TrainingResult, Watch, Path], tmp_path: Path
+) -> None:
+    result, _, folder = whole
+    shutil.copytree(folder, tmp_path / "old")
+    known = {name: teacher.identity for name, teacher in teachers().items()}
+    older = Run.open(tmp_path / "old", CONFIG, as_several(DATA), known)
+    assert older.record.config.pop("finetune.average") == CONFIG.finetune.average
+    older.record.config["aggregation.gone"] = 1
+    older.save()
+    with pytest.raises(UsageError, match=r"aggregation.gone is 1 there and None here"):
+        train(CONFIG, DATA, teachers(), tmp_path / "old")
+    del older.record.config["aggregation.gone"]
+    older.save()
+    again = train(CONFIG, DATA, teachers(), tmp_path / "old")
+    assert all(torch.equal(states(result)[k], v) for k, v in states(again).items())
 
 
 def test_heads_that_were_fitted_again_are_for_those_selected_later_too(tmp_path: Path) -> None:

@@ -103,6 +103,18 @@ def test_the_discriminants_are_those_of_means_and_covariance_within_the_classes(
     assert torch.allclose(bias, -0.5 * (means.T * expected).sum(0), rtol=0.02, atol=0.05)
 
 
+def test_a_class_without_labels_is_no_image_s() -> None:
+    x, y = correlated(80, seed=0)
+    unseen, _ = correlated(500, seed=1)
+    alone = fit_task_head(x, y, 4, unseen, folds=5, seed=0)
+    wider = fit_task_head(x, 2 * y, 9, unseen, folds=5, seed=0)
+    assert wider.penalty is None
+    assert wider.temperature == alone.temperature
+    found = wider.probabilities(unseen, 0.5)
+    assert torch.allclose(found[:, ::2][:, :4], alone.probabilities(unseen, 0.5), atol=1e-6)
+    assert not found[:, 1::2].any()
+
+
 def test_a_discriminant_is_as_sure_as_it_is_right() -> None:
     x, y = correlated(80, seed=0)
     unseen, truth = correlated(2000, seed=1)

@@ -13,11 +13,11 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from coordinator.config import load_config
 from coordinator.packaging import package_student
 from coordinator.pipeline import TaskRun, Timings, require_exportable_student, run_task
 from coordinator.progress import Silent
 from coordinator.ranks import ALONE
+from coordinator.settings import load_config
 from coordinator.student import Student, StudentSpec, grad_cam, load_student, predict, save_student
 from coordinator.training import train
 from edge_teacher import bundle as bundles
