@@ -60,7 +60,8 @@ def generated(size: tuple[int, int], count: int = PROBE_IMAGES) -> NDArray[np.ui
     rows, columns = (np.linspace(0, 5, side, dtype=np.float32) for side in size)
     smooth = _between(_between(coarse, rows, 1), columns, 2)
     noisy = smooth + 0.05 * random.standard_normal(smooth.shape, np.float32)
-    return (noisy.clip(0, 1) * 255).round().astype(np.uint8)
+    images: NDArray[np.uint8] = (noisy.clip(0, 1) * 255).round().astype(np.uint8)
+    return images
 
 
 def _between(
