@@ -137,7 +137,7 @@ def _by_kernels(
 
 
 def by_logme(case: Case, k: int, candidates: Sequence[int]) -> Chosen:
-    """LogME as published (You et al., 2021) on plain features, as they come, greedily."""
+    """LogME (You et al., 2021) on plain features, neither rooted nor scaled, greedily."""
     seen = {i: case.fleet.pooled(i, case.probe.images) for i in candidates}
     return greedy(
         lambda chosen: logme(np.concatenate([seen[i] for i in chosen], axis=1), case.targets),

@@ -22,6 +22,7 @@ from coordinator.data import LabelledTask, SeveralTasks
 from coordinator.measures import first_metric, measured
 from coordinator.optimisation import derived_seed
 from coordinator.ranks import Ranks
+from coordinator.report import metric_name
 from coordinator.student import Student
 from edge_teacher.contract.errors import UsageError
 
@@ -94,7 +95,9 @@ class Adaptation:
     def _gather_statistics(self, student: Student) -> None:
         count = len(self._images)
         rows = torch.linspace(0, count - 1, min(_STATISTICS_IMAGES, count)).long()
-        batches = (self._images[rows[s : s + _BATCH]] for s in range(0, len(rows), _BATCH))
+        # Evenly: every batch counts the same, and a short last one would be too much of it.
+        parts = torch.tensor_split(rows, math.ceil(len(rows) / _BATCH))
+        batches = (self._images[part] for part in parts)
         # Dropout runs while they are gathered, and draws.
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(derived_seed(0, "statistics"))
@@ -116,11 +119,19 @@ class Adaptation:
             epoch=self._best.at,
             epochs=self._epochs,
             scores=tuple(self._best.scores[: self._epochs + 1].tolist()),
+            metric=_metric(self._held),
         )
 
     def _score(self) -> float:
         assert self._held is not None
         return first_metric(measured(self.current(), self._held))
+
+
+def _metric(data: SeveralTasks) -> str:
+    """What `first_metric` gives, in words."""
+    named = dict.fromkeys(metric_name(task.kind.metrics[0]) for task in data.tasks.values())
+    tasks = len(data.tasks)
+    return f"{f'the mean over {tasks} tasks of ' if tasks > 1 else ''}{' or '.join(named)}"
 
 
 class _Best(nn.Module):
@@ -166,9 +177,10 @@ def hold_out(
 ) -> tuple[SeveralTasks, SeveralTasks | None]:
     """(what is learnt from; the labels held out of it, as the test sets of their tasks).
 
-    About `share` of every class of each task's probe set, drawn by `seed`, and never all of a class; an
-    image of several classes counts as the one that its kind's `groups` say. None is held out for a share
-    of 0. Raises UsageError if a task has no class with images enough.
+    About `share` of every one of its kind's `groups` of each task's probe set, drawn by `seed`, and never all
+    of one. With a single label a group is a class. With several labels to an image, or one to each pixel, an
+    image is of one group only, and all images of another class it shows may be held out. None is held out
+    for a share of 0. Raises UsageError if a task has no class with images enough.
     """
     if not share:
         return data, None

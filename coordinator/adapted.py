@@ -15,6 +15,7 @@ class Adapted(msgspec.Struct, frozen=True, kw_only=True):
         epochs: how many there were, before it stopped.
         scores: on the held-out images, before the first epoch and after each, a fraction; of several tasks
             the mean.
+        metric: what the scores are, in words; empty where nothing was held out.
     """
 
     averaged: int = 0
@@ -22,6 +23,7 @@ class Adapted(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     epochs: int
     scores: tuple[float, ...] = ()
+    metric: str = ""
 
 
 def in_words(adapted: Adapted) -> str:
@@ -35,4 +37,4 @@ def in_words(adapted: Adapted) -> str:
     reached = f"{adapted.scores[adapted.epoch]:.1%} on {adapted.held_out} held-out labels"
     last = f"{adapted.scores[adapted.epochs]:.1%} after epoch {adapted.epochs}"
     compared = "" if adapted.epoch == adapted.epochs else f", against {last}, its last"
-    return f"ended with {weights} it had {when}: {reached}{compared}."
+    return f"ended with {weights} it had {when}: by {adapted.metric}, {reached}{compared}."

@@ -54,7 +54,11 @@ def _agreement(
     run = stage.run
     place = run.record.selections[-1].round + 1
     names = sorted({name for weights in selected.values() for name in weights})
-    keys = {name: f"{AGREEMENT}{name} before round {place}" for name in names}
+    keys = {}
+    for name in names:
+        # Agreement is with where the student looks for these: of other tasks it is another.
+        tasks = ", ".join(task for task, weights in selected.items() if name in weights)
+        keys[name] = f"{AGREEMENT}{name} for {tasks} before round {place}"
     missing = [name for name in names if keys[name] not in run.nets]
     if missing:
         with run.timed("agreement"):

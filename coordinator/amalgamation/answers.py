@@ -23,8 +23,9 @@ class TeacherAnswers:
 
     pooled_probe [P, C] and pooled_transfer [U, C] are signed roots, float32. maps_transfer
     [U, C, h, w] is of unit scale, and float16 because it is the one thing here that can be large;
-    None if not asked for. maps_probe [P, C, h, w] is divided by the same number. looks [U + P, S, S] in
-    [0, 1], float16, are saliency maps of the transfer, then the probe images; None if not asked for.
+    None if not asked for. maps_probe [P, C, h, w] is divided by the same number. looks [U + P, S, S],
+    float16, are saliency maps of the transfer, then the probe images, each divided by its maximum; None if
+    not asked for.
     """
 
     pooled_probe: Tensor
@@ -128,7 +129,10 @@ def ask_looks(teacher: Looking, probe: NDArray[np.uint8], transfer: NDArray[np.u
     """`TeacherAnswers.looks`. Raises CheckFailed for maps that are none, or all flat."""
     images = np.concatenate([transfer, probe])
     maps = check_saliency(teacher.name, teacher.saliency(images), len(images))
-    return torch.from_numpy(maps).half()
+    greatest = maps.max((1, 2), keepdims=True)
+    # Of unit scale first, for which no cosine cares: a teacher's own may leave the range of float16.
+    scaled = np.divide(maps, greatest, out=np.zeros_like(maps), where=greatest > 0)
+    return torch.from_numpy(scaled).half()
 
 
 def _maps(teacher: Sight, images: NDArray[np.uint8]) -> Tensor:

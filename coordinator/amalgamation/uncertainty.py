@@ -10,6 +10,10 @@ logarithm of its variance, the s_i descend
 and the student descends sum_i w_i L_i, w_i = p_i exp(-s_i) / sum_j p_j exp(-s_j). At first the weights are
 those of the selection. They sum to 1 as those do: in Kendall's form hints that are learnt well would at last
 outweigh everything else in the loss, whatever `aggregation.hint_pooled` says.
+
+The s_i are stepped with the student: at its rate, by a gradient that `aggregation.hint_pooled` or `hint_maps`
+scales like the rest of its hints, and under its weight decay, which holds them towards 0 and so the weights
+towards the selection's.
 """
 
 from __future__ import annotations
@@ -37,14 +41,15 @@ def weighed(
     uncertainties: Mapping[str, Uncertainty],
 ) -> Tensor:
     """sum_i w_i L_i of scalar losses by teacher; its gradient reaches the uncertainties too."""
-    weights = shares(prior, {name: uncertainties[name] for name in losses})
-    value = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
-    pulls = []
-    for name, loss in losses.items():
-        s = uncertainties[name].log_variance
-        pull = (1 - torch.exp(-s) * loss).detach().clamp(-_MOST_PULL, _MOST_PULL)
-        pulls.append(prior[name] / 2 * pull * s)
-    descent = torch.stack(pulls).sum()
+    # Tensors throughout: a number would have every step wait for the device, once for every teacher.
+    hints = torch.stack(list(losses.values()))
+    p = hints.new_tensor([prior[name] for name in losses])
+    s = torch.stack([uncertainties[name].log_variance for name in losses])
+    precision = torch.exp(-s.detach())
+    raw = p * precision
+    value = (raw / raw.sum() * hints).sum()
+    pull = (1 - precision * hints.detach()).clamp(-_MOST_PULL, _MOST_PULL)
+    descent = (p / 2 * pull * s).sum()
     # Of value zero: what is reported is the loss of the student.
     return value + (descent - descent.detach())
 

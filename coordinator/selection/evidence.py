@@ -78,7 +78,7 @@ def by_evidence(evidence: Evidence, targets: NDArray[np.float32]) -> Value:
 
 
 def by_logme(evidence: Evidence, targets: NDArray[np.float32]) -> Value:
-    """LogME of the features side by side, as they come."""
+    """LogME of the features side by side, centred and of the scales they come in."""
 
     def value(names: Sequence[str]) -> float:
         return logme(np.concatenate([evidence.features[n] for n in names], axis=1), targets)

@@ -1,8 +1,10 @@
-"""LogME, as published: the log maximum evidence of features about labels (You et al., ICML 2021).
+"""LogME, the log maximum evidence of features about labels (You et al., ICML 2021), without the offsets.
 
-Beside `marginal`, which is this kit's own: features are taken as they come, every class has a prior of its
-own, and a set of teachers is their features side by side. With features pooled under a saliency map it says
-what a teacher sees where it looks. Measured in docs/selection.md.
+Beside `marginal`, which is this kit's own: features keep the scales they come in, every class has a prior of
+its own, and a set of teachers is their features side by side. With features pooled under a saliency map it
+says what a teacher sees where it looks. Other than as published, features and targets are both centred: the
+model has no offset, and its weights would else have to tell how frequent a class is. Measured in
+docs/selection.md.
 """
 
 from __future__ import annotations
@@ -14,14 +16,23 @@ _STEPS = 30
 
 
 def logme(features: NDArray[np.float32], targets: NDArray[np.float32]) -> float:
-    """Features [P, D], targets [P, classes] -> nats per image and class, by the fixed point of MacKay."""
+    """Features [P, D], targets [P, classes] -> nats per image and class, by the fixed point of MacKay.
+
+    Both are centred over the images. A class that no image or every image shows counts for nothing: there
+    is nothing of it to tell. 0 where that holds for all.
+    """
+    centred = targets.astype(np.float64)
+    centred = centred[:, np.ptp(centred, axis=0) > 0]
+    if not centred.shape[1]:
+        return 0.0
+    centred -= centred.mean(0)
     x = features.astype(np.float64)
     x = x - x.mean(0)
     images, width = x.shape
     u, s, _ = np.linalg.svd(x, full_matrices=False)
     power = s**2
     total = 0.0
-    for t in targets.T.astype(np.float64):
+    for t in centred.T:
         z = (u.T @ t) ** 2
         rest = max(float(t @ t - z.sum()), 0.0)
         alpha = beta = 1.0
@@ -46,4 +57,4 @@ def logme(features: NDArray[np.float32], targets: NDArray[np.float32]) -> float:
             - alpha / 2 * weights
             - images / 2 * np.log(2 * np.pi)
         ) / images
-    return float(total / targets.shape[1])
+    return float(total / centred.shape[1])

@@ -11,6 +11,7 @@ import torch
 
 from coordinator.adaptation import Adaptation, hold_out
 from coordinator.adapted import Adapted, in_words
+from coordinator.checkpoints import AGREEMENT
 from coordinator.config import Config, FinetuneConfig
 from coordinator.data import LabelledImages, SeveralTasks, TaskData, as_several
 from coordinator.ranks import ALONE
@@ -18,7 +19,7 @@ from coordinator.settings import load_config
 from coordinator.student import Student, StudentSpec, measure, predict
 from coordinator.training import TrainingResult, train
 from edge_teacher.contract.errors import UsageError
-from tests.coordinator.local_teacher import coloured_images
+from tests.coordinator.local_teacher import LocalTeacher, coloured_images
 from tests.coordinator.test_training import (
     CLASSES,
     DATA,
@@ -38,6 +39,9 @@ QUICK = {
 LEARNT = variant(**QUICK, aggregation__weights="learnt")
 LEARNT_APART = variant(**QUICK, aggregation__weights="learnt", aggregation__form="fedavg")
 AGREEING = variant(**QUICK, aggregation__agreement="true", selection__strategy="random")
+# Any of AGREEING's that is off here is what it is compared to.
+PLAIN = variant(**QUICK, selection__strategy="random")
+AVERAGED = variant(**QUICK, selection__strategy="random", finetune__average="0.5")
 KEPT = variant(**QUICK, finetune__average="0.5", finetune__held_out="0.25")
 OPTIONS = {"learnt": LEARNT, "learnt apart": LEARNT_APART, "agreeing": AGREEING, "kept": KEPT}
 
@@ -96,6 +100,22 @@ def test_without_the_option_no_weights_are_learnt(whole: dict[str, TrainingResul
     assert whole["agreeing"].adapted is None
 
 
+def test_agreement_changes_what_is_learnt_and_averaging_what_is_kept(
+    whole: dict[str, TrainingResult], tmp_path: Path
+) -> None:
+    plain, averaged = (
+        train(config, DATA, teachers(), tmp_path / name)
+        for name, config in (("plain", PLAIN), ("averaged", AVERAGED))
+    )
+    agreeing = whole["agreeing"]
+    assert plain.selections[0] == agreeing.selections[0]
+    key = "heads.0.weight"
+    assert not torch.equal(states(agreeing)[key], states(plain)[key])
+    # A step an epoch, of which there are four.
+    assert averaged.adapted == Adapted(averaged=2, epoch=4, epochs=4)
+    assert not torch.equal(states(averaged)[key], states(plain)[key])
+
+
 def test_those_selected_are_asked_where_they_look_once(tmp_path: Path) -> None:
     fleet = teachers()
     result = train(AGREEING, DATA, fleet, tmp_path)
@@ -139,6 +159,9 @@ def test_the_best_epoch_by_held_out_labels_is_kept(
     assert found is not None
     assert (found.held_out, found.epochs, len(found.scores)) == (6, 4, 5)
     assert found.scores[found.epoch] == max(found.scores)
+    # The average is over the last half of four epochs of one step.
+    assert found.averaged == max(found.epoch - 2, 0)
+    assert found.metric == "accuracy"
     _, held = hold_out(result.data, 0.25, KEPT.seed)
     assert held is not None
     (task,) = held.tasks.values()
@@ -221,6 +244,28 @@ def test_averaged_weights_have_statistics_of_their_own() -> None:
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(kept, again, strict=True))
 
 
+@pytest.mark.parametrize("images", [257, 513])
+def test_a_batch_that_statistics_are_gathered_from_is_never_a_short_one(images: int) -> None:
+    """The last image is unlike the others, and counts as one of them; not as a whole batch."""
+    tinted = coloured_images(images, 3, seed=0)[0]
+    tinted[-1] //= 8
+    torch.manual_seed(0)
+    student = Student(StudentSpec.of_images(tinted, CLASSES, 8))
+    config = FinetuneConfig(epochs=1, average=1.0)
+    adaptation = Adaptation(student, config, torch.from_numpy(tinted), None, steps=1, ranks=ALONE)
+    adaptation.stepped(1)
+    adaptation.finish()
+    norm = next(m for m in student.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert norm.running_mean is not None
+    kept = norm.running_mean.clone()
+    norm.momentum = 1.0
+    student.train()
+    student.feature_map(torch.from_numpy(tinted))
+    assert norm.running_var is not None
+    off = (kept - norm.running_mean).abs() / norm.running_var.sqrt()
+    assert float(off.max()) < 0.01
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
@@ -254,13 +299,21 @@ def test_settings_that_make_no_sense_are_said(overrides: dict[str, str], says: s
             "ended with the mean weights of 5 steps.",
         ),
         (
-            Adapted(held_out=10, epoch=0, epochs=2, scores=(0.5, 0.4, 0.3)),
-            "ended with the weights it had before its first epoch: 50.0% on 10 held-out labels, "
+            Adapted(held_out=10, epoch=0, epochs=2, scores=(0.5, 0.4, 0.3), metric="mean IoU"),
+            "ended with the weights it had before its first epoch: by mean IoU, 50.0% on 10 held-out labels, "
             "against 30.0% after epoch 2, its last.",
         ),
         (
-            Adapted(averaged=1, held_out=10, epoch=2, epochs=2, scores=(0.5, 0.4, 0.6)),
-            "ended with the mean weights of 1 step it had after epoch 2: 60.0% on 10 held-out labels.",
+            Adapted(
+                averaged=1,
+                held_out=10,
+                epoch=2,
+                epochs=2,
+                scores=(0.5, 0.4, 0.6),
+                metric="the mean over 2 tasks of accuracy",
+            ),
+            "ended with the mean weights of 1 step it had after epoch 2: "
+            "by the mean over 2 tasks of accuracy, 60.0% on 10 held-out labels.",
         ),
     ],
 )
@@ -268,10 +321,44 @@ def test_what_was_kept_in_words(adapted: Adapted, says: str) -> None:
     assert in_words(adapted) == says
 
 
-def test_options_go_together_and_with_several_tasks(tmp_path: Path) -> None:
+def two_tasks() -> SeveralTasks:
     images, labels = coloured_images(24, 2, seed=5)
     tints = TaskData(LabelledImages(images, labels, ("a", "b")), DATA.transfer)
-    data = SeveralTasks.of({"three": DATA, "two": tints}, {"two": 0.5})
+    return SeveralTasks.of({"three": DATA, "two": tints}, {"two": 0.5})
+
+
+def test_one_that_is_selected_again_for_other_tasks_is_compared_again(tmp_path: Path) -> None:
+    """Each of two teachers for a task; when one is gone the other is for both."""
+    config = saved_often(
+        variant(
+            **QUICK | {"selection__every_rounds": "3"},
+            seed="1",
+            selection__k="1",
+            selection__strategy="random",
+            aggregation__agreement="true",
+        )
+    )
+    fleet = {name: teacher for name, teacher in teachers().items() if name != "t2"}
+
+    def kept(there: dict[str, LocalTeacher]) -> dict[str, torch.Tensor]:
+        """Interrupted in a round: what the hints of each count by image."""
+        with pytest.raises(Interrupted):
+            train(config, two_tasks(), there, tmp_path, Watch("round 2", 2))
+        nets = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["nets"]
+        return {key: net["each"] for key, net in nets.items() if key.startswith(AGREEMENT)}
+
+    before = kept(fleet)
+    one = next(key for key in before if key.startswith(f"{AGREEMENT}t0 for "))
+    (other,) = before.keys() - {one}
+    assert {key.split(" for ")[1].split()[0] for key in (one, other)} == {"three", "two"}
+    after = kept({"t0": fleet["t0"]})
+    ((both, each),) = after.items()
+    assert both.startswith(f"{AGREEMENT}t0 for three, two before")
+    assert not torch.equal(each, before[one])
+
+
+def test_options_go_together_and_with_several_tasks(tmp_path: Path) -> None:
+    data = two_tasks()
     config = variant(
         **QUICK,
         aggregation__weights="learnt",
@@ -282,6 +369,7 @@ def test_options_go_together_and_with_several_tasks(tmp_path: Path) -> None:
     result = train(config, data, teachers(), tmp_path)
     assert result.adapted is not None
     assert result.adapted.held_out == 12
+    assert result.adapted.metric == "the mean over 2 tasks of accuracy"
     assert sum(result.learnt.values()) == pytest.approx(1)
     for name in data.tasks:
         assert np.isfinite(predict(result.student, DATA.transfer, name)).all()

@@ -36,6 +36,8 @@ from coordinator.report import (
 from coordinator.report_charts import learning_curves
 from coordinator.report_page import duration, headline, percent, points, size
 from coordinator.report_pictures import describe, heat_uri, inferno
+from coordinator.selection.evidence import GreedySet
+from coordinator.selection.strategies import STRATEGIES, ByAttention
 from edge_teacher.contract.errors import UsageError
 from export.checks.tensorrt import TensorRtVerdict
 from export.student_report import FileReport, StudentReport
@@ -413,12 +415,30 @@ def test_several_tasks_each_have_their_numbers_and_their_teachers(tmp_path: Path
 
 
 def test_what_was_learnt_of_weights_and_kept_of_the_fine_tuning(tmp_path: Path) -> None:
-    adapted = Adapted(held_out=10, epoch=1, epochs=2, scores=(0.5, 0.6, 0.4))
+    adapted = Adapted(held_out=10, epoch=1, epochs=2, scores=(0.5, 0.6, 0.4), metric="F1")
     write_report(a_report(learnt={"teacher-0": 0.87}, adapted=adapted), None, tmp_path)
     page = text_of((tmp_path / "report.html").read_text())
     assert "0.87" in page
-    assert "The fine-tuning ended with the weights it had after epoch 1: 60.0% on 10" in page
+    assert "The fine-tuning ended with the weights it had after epoch 1: by F1, 60.0% on 10" in page
     assert read_report(tmp_path).adapted == adapted
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_score_is_said_to_be_what_its_strategy_scores(name: str, tmp_path: Path) -> None:
+    write_report(a_report(strategy=name), None, tmp_path)
+    page = text_of((tmp_path / "report.html").read_text())
+    said = {
+        "likeness": "says how far it looks where the student looks" in page,
+        "nats": "tell about the labels" in page and "in nats per image and class" in page,
+        "truth": "by a linear probe on the test set" in page,
+    }
+    strategy = STRATEGIES[name]
+    if isinstance(strategy, ByAttention):
+        expected = "likeness"
+    else:
+        expected = "nats" if isinstance(strategy, GreedySet) else "truth"
+    assert [what for what, there in said.items() if there] == [expected]
+    assert ("pooled where it looks" in page) == strategy.under_saliency
 
 
 def test_the_number_under_a_name_is_the_likeness_that_the_text_speaks_of(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ WEIGHTS = {"t.1": 0.75, "items": 0.25}
 def make_task(
     weights: Mapping[str, float] = WEIGHTS,
     saved: Mapping[str, State] | None = None,
+    agreement: Mapping[str, torch.Tensor] | None = None,
     **changes: object,
 ) -> AmalgamationTask:
     torch.manual_seed(0)
@@ -50,12 +51,16 @@ def make_task(
         config,
         HeadConfig(folds=2),
         seed=0,
+        agreement=agreement,
     )
 
 
-def loss(task: AmalgamationTask, weights: Mapping[str, float] = WEIGHTS) -> Losses:
-    index = torch.arange(len(task))
-    still = Jitter(torch.zeros(len(task), dtype=torch.bool), torch.zeros(len(task), 2).long())
+def loss(
+    task: AmalgamationTask, weights: Mapping[str, float] = WEIGHTS, rows: list[int] | None = None
+) -> Losses:
+    """On all images, or on some."""
+    index = torch.arange(len(task)) if rows is None else torch.tensor(rows)
+    still = Jitter(torch.zeros(len(index), dtype=torch.bool), torch.zeros(len(index), 2).long())
     return task.loss(task.student, index, still, weights)[1]
 
 
@@ -97,6 +102,29 @@ def test_teachers_weigh_as_selected() -> None:
     assert loss(task).total == pytest.approx(
         sum(w * alone[name] for name, w in WEIGHTS.items()), rel=1e-4
     )
+
+
+@pytest.mark.parametrize("row", [5, 40])
+def test_a_hint_counts_on_an_image_what_the_agreement_says(row: int) -> None:
+    """All of the mean of 1 on one image: of the transfer set, then of the probe set."""
+    images = len(DATA.transfer) + len(DATA.probe)
+    each = images * torch.eye(images)[row]
+    one = {"t.1": 1.0}
+    plain, agreeing = make_task(one), make_task(one, agreement={"t.1": each})
+    for task in (plain, agreeing):
+        task.student.eval()
+        for net in task.trained(one).values():
+            net.eval()
+    alone = loss(plain, one, [row])
+    assert loss(agreeing, one).hint_pooled == pytest.approx(alone.hint_pooled, rel=1e-4)
+    assert alone.hint_pooled is not None
+    counted = loss(agreeing, one, [row])
+    assert counted.hint_pooled == pytest.approx(images * alone.hint_pooled, rel=1e-4)
+    assert loss(agreeing, one, [row - 1]).hint_pooled == 0
+    if row < len(DATA.transfer):
+        assert alone.hint_maps is not None
+        assert counted.hint_maps == pytest.approx(images * alone.hint_maps, rel=1e-4)
+    assert loss(agreeing, one, [row - 1]).hint_maps == 0
 
 
 def test_probe_images_keep_their_labels_as_targets() -> None:

@@ -15,7 +15,7 @@ from coordinator.selection import similarities
 from coordinator.student import HeadSpec, Student, StudentSpec, grad_cam
 from edge_teacher.contract.errors import CheckFailed
 from tests.coordinator.liars import Liar
-from tests.coordinator.local_teacher import coloured_images, random_teacher
+from tests.coordinator.local_teacher import LocalTeacher, coloured_images, random_teacher
 
 CLASSES = ("a", "b", "c")
 DATA = TaskData(
@@ -131,3 +131,19 @@ def test_where_a_teacher_looks_is_checked() -> None:
     liar = Liar("liar", 1, "saliency", lambda maps: np.full_like(maps, np.nan))
     with pytest.raises(CheckFailed, match="not finite"):
         ask_looks(liar, DATA.probe.images, DATA.transfer)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e6])
+def test_agreement_does_not_depend_on_the_scale_a_teacher_sends_its_maps_in(scale: float) -> None:
+    class Wild(LocalTeacher):
+        def saliency(self, images: np.ndarray) -> np.ndarray:
+            maps = super().saliency(images)
+            maps[0] = 0
+            return maps * np.float32(scale)
+
+    made = random_teacher("t", 1)
+    wild = ask_looks(Wild("t", made.stages, made.head), DATA.probe.images, DATA.transfer)
+    plain = ask_looks(made, DATA.probe.images, DATA.transfer)
+    assert not wild[0].any()
+    assert torch.allclose(wild[1:], plain[1:], atol=1e-3)
+    assert plain.amax() == 1

@@ -79,7 +79,7 @@ def test_logme_is_the_greatest_density_of_the_labels_under_its_model() -> None:
     x = telling(y, {0, 1}, 1)
     centred = (x - x.mean(0)).astype(float)
     total = 0.0
-    for t in targets(y).T.astype(float):
+    for t in (targets(y) - targets(y).mean(0)).T.astype(float):
         total += max(
             float(
                 MultivariateNormal(
@@ -98,6 +98,23 @@ def test_logme_of_features_that_say_nothing() -> None:
     nothing = logme(np.ones((30, 5), np.float32), targets(y))
     assert np.isfinite(nothing)
     assert logme(telling(y, {0, 1, 2}, 1), targets(y)) > nothing + 0.1
+
+
+def test_a_class_without_labels_counts_for_nothing_in_logme() -> None:
+    y = labels(40, 4)
+    x = telling(y, {0, 1}, 1)
+    never, always = np.zeros((40, 1), np.float32), np.ones((40, 1), np.float32)
+    with_them = np.concatenate([never, targets(y), always], axis=1)
+    assert logme(x, with_them) == logme(x, targets(y))
+    assert logme(x, np.concatenate([never, always], axis=1)) == 0
+
+
+def test_an_offset_of_features_or_targets_does_not_count_in_logme() -> None:
+    y = labels(40, 2)
+    x = telling(y, {0, 1}, 1)
+    told = logme(x, targets(y))
+    assert logme(x + 3, targets(y)) == pytest.approx(told, abs=1e-4)
+    assert logme(x, targets(y) + 3) == pytest.approx(told, abs=1e-9)
 
 
 @pytest.mark.parametrize("strategy", ["evidence", "logme"])
