@@ -57,3 +57,10 @@ def test_one_that_is_alone_counts_whole() -> None:
     found = learn({"a": 0.3, "b": 0.5}, 20)
     hint = torch.tensor(0.4)
     assert float(weighed({"a": hint}, {"a": 1.0}, found).detach()) == pytest.approx(0.4)
+
+
+def test_no_step_waits_for_the_device() -> None:
+    """Tensors without values, of which no number can be had."""
+    found = {name: Uncertainty().to("meta") for name in PRIOR}
+    losses = {name: torch.zeros((), device="meta") for name in PRIOR}
+    assert weighed(losses, PRIOR, found).is_meta
