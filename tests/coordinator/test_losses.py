@@ -216,7 +216,8 @@ def test_a_part_that_was_learnt_with_somebody_who_is_gone_is_learnt_again(tmp_pa
 def test_heads_that_were_fitted_again_are_for_those_who_replace_somebody_too(
     tmp_path: Path, form: str, killed: str
 ) -> None:
-    config = changed("aggregation", changed("selection", EVERYBODY, every_rounds=4), form=form)
+    config = changed("selection", EVERYBODY, every_rounds=4)
+    config = changed("aggregation", config, form=form, refits=1)
     config = msgspec.structs.replace(changed("finetune", config, epochs=3), checkpoint_s=0.0)
     fleet = honest("a", "b", "c")
     with pytest.raises(Interrupted):
