@@ -151,7 +151,7 @@ def config_of(trial: Trial) -> Config:
         threads=1,
         student=StudentConfig(channels=CHANNELS),
         scratch=ScratchConfig(epochs=0),
-        aggregation=AggregationConfig(rounds=ROUNDS),
+        aggregation=AggregationConfig(rounds=ROUNDS, refits=3),
         selection=SelectionConfig(every_rounds=ROUNDS),
         finetune=FinetuneConfig(epochs=5 if few else 25, rate=0.005 if few else 0.05),
     )

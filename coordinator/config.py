@@ -158,7 +158,7 @@ class AggregationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
         Meta(
             ge=0, description="times the task head is fitted again, on the student's features too"
         ),
-    ] = 3
+    ] = 1
     flips: Annotated[
         bool, Meta(description="ask for mirrored images too: twice the queries, better features")
     ] = True
