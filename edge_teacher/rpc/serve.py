@@ -262,7 +262,7 @@ class Server:
                 if jobs.closed:
                     return
                 self._answers.expire()
-                self._outbox.keep(lambda key: self._answers.get(key) is not None)
+                self._outbox.keep(self._answers.holds)
                 continue
             began = time.monotonic()
             self._answer_or_refuse(job)
