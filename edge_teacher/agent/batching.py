@@ -73,6 +73,11 @@ class _Part:
         rows: int = self.where.stop - self.where.start
         return rows
 
+    def moved(self) -> None:
+        """A step of it has begun or ended: nobody who waits for it is stuck. Under the turn."""
+        for listener in self.listeners:
+            listener.asked.job.steps += 1
+
 
 @dataclass(frozen=True)
 class _Step:
@@ -265,7 +270,9 @@ class Batcher:
         for i, count in taken.items():
             work = group[i]
             self._fresh.pop(work.first.about, None)
-            parts.append(_Part(work, work.take(count), tuple(work.listeners)))
+            part = _Part(work, work.take(count), tuple(work.listeners))
+            part.moved()
+            parts.append(part)
         return parts
 
     # ── computing, under the turn ────────────────────────────────────────────────────────────
@@ -280,6 +287,8 @@ class Batcher:
             found, seconds = self._run(first.first.session, images, first.kind, first.outputs)
         except Exception as error:  # noqa: BLE001
             return self._apart(parts, error)
+        for part in parts:
+            part.moved()
         return [_Step(parts, found, seconds)]
 
     def _run(
@@ -325,6 +334,7 @@ class Batcher:
             except Exception as own:  # noqa: BLE001
                 error = own
             else:
+                part.moved()
                 return [_Step([part], found, seconds)]
         if part.rows == 1:
             raise error

@@ -99,6 +99,9 @@ class Daemon:
             self._take(new, config)
         except UsageError as error:
             log.error("the configuration stays as it was: %s", error)  # noqa: TRY400  # no traceback
+        except Exception:
+            # Whatever it is: a device that serves goes on serving, and systemd waits for READY.
+            log.exception("the configuration could not be read again; the agent goes on as it was")
         self._notify.ready(self._status())
 
     def _take(self, new: Settings, config: AgentConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -110,6 +111,16 @@ def _escaped(text: str) -> str:
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
+class _QuietServer(HTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """The library's prints where only lines of the log belong."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):  # whoever hangs up in the middle is no fault of this device
+            log.debug("the metrics asked for by %s were not sent: %r", client_address, error)
+        else:
+            log.error("the metrics could not be told", exc_info=error)
+
+
 class MetricsServer:
     """GET /metrics on 127.0.0.1, one request at a time, on one thread: nothing piles up."""
 
@@ -136,7 +147,7 @@ class MetricsServer:
                 log.debug(form, *arguments)
 
         try:
-            self._server = HTTPServer(("127.0.0.1", port), Handler)
+            self._server = _QuietServer(("127.0.0.1", port), Handler)
         except OSError as error:
             raise UsageError(
                 f"the port {port} of 127.0.0.1 cannot be had for metrics: {error.strerror}; choose another "

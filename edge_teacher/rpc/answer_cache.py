@@ -73,6 +73,11 @@ class AnswerCache:
                 self._held.move_to_end(key)
             return found
 
+    def holds(self, key: Key) -> bool:
+        """Whether it is still there; looking is no use, and keeps nothing from expiring."""
+        with self._changed:
+            return key in self._held
+
     def is_gone(self, key: Key) -> bool:
         with self._changed:
             return key in self._gone

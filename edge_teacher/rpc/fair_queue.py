@@ -34,6 +34,9 @@ class Job:
     """Of the asker's protocol."""
     begun: bool = False
     """It may have had an effect."""
+    steps: int = 0
+    """How many steps of its computing have begun or ended: while the number grows, it gets on. Counted by who
+    computes."""
     withdrawn: bool = False
     """Cancelled while it was being computed."""
     content: tuple[Any, Any, Hashable] | None = None

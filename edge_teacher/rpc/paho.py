@@ -125,9 +125,9 @@ class PahoTransport:
         self._client.max_inflight_messages_set(_SENT_UNACKNOWLEDGED)
         self._client.max_queued_messages_set(_MOST_WAITING)
         self._come_back_later()
-        self._context = address.ssl_context()
-        if self._context is not None:
-            self._client.tls_set_context(self._context)
+        context = address.ssl_context()
+        if context is not None:
+            self._client.tls_set_context(context)
         if will is not None:
             self._client.will_set(
                 will.topic,
@@ -206,13 +206,9 @@ class PahoTransport:
     def renew_certificates(self) -> None:
         """Read the TLS files again: the next connection shows them. Raises UsageError if they are unusable,
         and then keeps what there was."""
-        if self._context is None:
-            return
-        self._address.ssl_context()  # all of them are usable, before any is taken
-        if self._address.certificate is not None:
-            self._context.load_cert_chain(self._address.certificate, self._address.key, password="")
-        if self._address.ca is not None:
-            self._context.load_verify_locations(cafile=str(self._address.ca))
+        context = self._address.ssl_context()
+        if context is not None:
+            self._client.show(context)
 
     @property
     def unreadable(self) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import ssl
 import struct
 import threading
 import time
@@ -112,6 +113,14 @@ class FastClient(Client):
 
     def turned(self) -> None:
         self.turned_at = time.monotonic()
+
+    def show(self, context: ssl.SSLContext) -> None:
+        """Certificates for the next connection, whole, as they were proved; paho takes them only once.
+
+        To read files into the context there is would be to read them again: they may have changed by then,
+        and half of them stay if the other half fails.
+        """
+        self._ssl_context = context
 
     def loop_misc(self) -> MQTTErrorCode:
         """paho's thread calls it at each turn: once a second when nothing happens."""

@@ -95,7 +95,6 @@ class Server:
             raise ValueError(f"{', '.join(joint)} need an engine")
         self.counters = Counters()
         self.latencies = Latencies(methods)
-        self._progress = Progress()
         self._transport = transport
         self._bulk = bulk or transport
         self._device = device
@@ -104,6 +103,8 @@ class Server:
         self._allowed = allowed
         self._plain = Lane(limits, workers)
         self._joint = Lane(limits, 1)
+        # Apart: uploads that come and go say nothing about an engine that hangs.
+        self._progress = [(lane, Progress()) for lane in (self._plain, self._joint)]
         self._known: dict[Key, Job] = {}
         """Waiting, or being computed."""
         self._answers = AnswerCache(limits)
@@ -141,7 +142,11 @@ class Server:
             return "a worker has ended"
         with self._lock:
             jobs = list(self._known.values())
-        return self._progress.look(jobs, longest_s)
+        looks = [
+            progress.look([job for job in jobs if self._lane(job) is lane], longest_s)
+            for lane, progress in self._progress
+        ]
+        return next((problem for problem in looks if problem), "")
 
     def reconfigure(self, limits: Limits, allowed: frozenset[str]) -> None:
         """Take other limits and other coordinators from the next request on."""
@@ -262,7 +267,7 @@ class Server:
                 if jobs.closed:
                     return
                 self._answers.expire()
-                self._outbox.keep(lambda key: self._answers.get(key) is not None)
+                self._outbox.keep(self._answers.holds)
                 continue
             began = time.monotonic()
             self._answer_or_refuse(job)

@@ -200,12 +200,36 @@ def test_small_queries_of_many_coordinators_are_one_inference(here: World) -> No
 def test_a_graph_that_hangs_is_seen(here: World) -> None:
     _, held = here.hold()
     assert here.server.stuck(0) == ""  # seen for the first time
-    assert "saliency has been computed for 0 s, and 0 s is the limit" in here.server.stuck(0)
+    assert "saliency has had no step for 0 s, and 0 s is the limit" in here.server.stuck(0)
     assert here.server.stuck(600) == ""
     here.teacher.go_on.set()
     here.answer(held)
     eventually(lambda: here.server.stuck(0) == "")
     assert here.server.latencies.told()["saliency"].count == 1
+
+
+def test_a_large_query_whose_steps_come_out_is_not_taken_for_hung(
+    here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learnt(here, 8)
+    may_end = threading.Semaphore(0)
+    run = here.teacher.run
+
+    def one_at_a_time(images: np.ndarray, outputs: Sequence[str]) -> Mapping[str, np.ndarray]:
+        found = run(images, outputs)
+        assert may_end.acquire(timeout=20)
+        return found
+
+    monkeypatch.setattr(here.teacher, "run", one_at_a_time)
+    here.teacher.go_on.set()
+    asked = here.ask(SaliencyQuery(block=here.put(pictures(32, 3))))
+    for _ in range(4):
+        assert here.teacher.began.acquire(timeout=10)
+        assert here.server.stuck(0) == ""  # another step has begun
+        assert "saliency has had no step" in here.server.stuck(0)
+        may_end.release()
+    here.answer(asked)
+    assert [count for count, _ in here.teacher.runs] == [8, 8, 8, 8]
 
 
 def test_only_queries_for_the_same_outputs_share_an_inference(here: World) -> None:

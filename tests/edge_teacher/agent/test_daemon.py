@@ -15,6 +15,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from prometheus_client.parser import text_string_to_metric_families
 
+from edge_teacher.agent.connecting import Connecting
+from edge_teacher.agent.daemon import Daemon
+from edge_teacher.agent.settings import File, source
+from edge_teacher.agent.systemd import notifier
 from edge_teacher.contract import frame, topics
 from edge_teacher.contract.errors import NotAllowed
 from edge_teacher.contract.messages import Card, Empty, Telemetry
@@ -265,6 +269,38 @@ def test_a_start_that_fails_is_json_too(tmp_path: Path) -> None:
     assert "damaged or no bundle" in json.loads(line)["message"]
     assert "damaged or no bundle" in service.manager.hear_until("STOPPING", "1")[-1]["STATUS"]
     service.close()
+
+
+def test_a_reload_that_fails_in_a_way_nobody_thought_of_leaves_the_agent_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "teacher.fedsa").write_bytes(teacher_bundle())
+    save_public(tmp_path / "owner.pub", OWNER)
+    configuration = tmp_path / "agent.toml"
+    configuration.write_text(
+        'device = "d1"\nbroker = "mqtt://127.0.0.1:1"\nbundle = "teacher.fedsa"\n'
+        'owner_keys = ["owner.pub"]\nstate = "state"\nallow = ["ada"]\n'
+    )
+    manager = Manager(str(tmp_path / "notify"))
+    notify = notifier({"NOTIFY_SOCKET": manager.address})
+    read = source(File(), configuration, {})
+    daemon = Daemon(read, read.read(), notify)
+
+    def fail(_self: Connecting) -> None:
+        raise RuntimeError("the moon is full")
+
+    monkeypatch.setattr(Connecting, "renew_certificates", fail)
+    configuration.write_text(configuration.read_text().replace("ada", "bob"))
+    daemon._reload()
+    assert "RELOADING" in manager.hear()
+    assert manager.hear()["READY"] == "1"
+    assert "the agent goes on as it was" in caplog.text
+    assert "the moon is full" in caplog.text
+    assert daemon._settings.allow == {"ada"}
+    assert daemon._agent.config.allowed == {"ada"}
+    daemon._agent.stop()
+    notify.close()
+    manager.close()
 
 
 def test_a_new_certificate_is_shown_after_a_reload(tmp_path: Path) -> None:

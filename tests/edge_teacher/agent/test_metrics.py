@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
+import logging
 import socket
+import struct
+import threading
 import urllib.error
 import urllib.request
 
@@ -143,3 +147,51 @@ def test_it_is_served_on_loopback() -> None:
             MetricsServer(server.port, str)
     finally:
         server.stop()
+
+
+def test_one_who_hangs_up_in_the_middle_is_a_line_of_the_log_and_no_traceback(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "edge_teacher.agent.metrics")
+    asked, hung_up = threading.Event(), threading.Event()
+
+    def text() -> str:
+        asked.set()
+        assert hung_up.wait(10)
+        return "x" * 5_000_000
+
+    server = MetricsServer(0, text)
+    server.start()
+    try:
+        with socket.create_connection(("127.0.0.1", server.port)) as scraper:
+            scraper.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            assert asked.wait(10)
+            # The kernel ends it at once, with a reset.
+            scraper.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        hung_up.set()
+        # One at a time: the next answer comes after the end of the first.
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10) as next_:
+            assert next_.status == 200
+    finally:
+        server.stop()
+    assert capfd.readouterr().err == ""
+    assert "were not sent: ConnectionResetError" in caplog.text
+
+
+def test_what_goes_wrong_here_is_an_error_of_the_log(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def text() -> str:
+        raise ZeroDivisionError("no second has passed")
+
+    server = MetricsServer(0, text)
+    server.start()
+    try:
+        with pytest.raises(http.client.RemoteDisconnected):
+            urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10)
+    finally:
+        server.stop()
+    assert capfd.readouterr().err == ""
+    (said,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert said.message == "the metrics could not be told"
+    assert "no second has passed" in caplog.text

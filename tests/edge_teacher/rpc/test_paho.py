@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_teacher.contract.errors import TooLarge, Unreachable
+from edge_teacher.contract.errors import TooLarge, Unreachable, UsageError
 from edge_teacher.contract.limits import CHUNK_BYTES, MAX_PACKET_BYTES, Limits
 from edge_teacher.rpc.address import BrokerAddress, parse_broker
 from edge_teacher.rpc.invoke import Caller
@@ -391,6 +391,36 @@ class TestTls:
         certificate, key = Authority(tmp_path, "another authority").issue("mallory")
         with pytest.raises(Unreachable, match="did not accept 'a'"):
             PahoTransport(replace(address, certificate=certificate, key=key), "a")
+
+    def test_certificates_that_change_while_they_are_renewed_are_taken_as_they_were_proved(
+        self,
+        address: BrokerAddress,
+        authority: Authority,
+        broker: Mosquitto,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        prove = BrokerAddress.ssl_context
+
+        def overtaken(self: BrokerAddress) -> ssl.SSLContext | None:
+            proved = prove(self)
+            assert self.key is not None
+            self.key.write_bytes(b"half of a key")
+            return proved
+
+        transport = PahoTransport(address, "a")
+        try:
+            authority.issue("d1")
+            with monkeypatch.context() as patched:
+                patched.setattr(BrokerAddress, "ssl_context", overtaken)
+                transport.renew_certificates()
+            with pytest.raises(UsageError, match="cannot be used"):
+                transport.renew_certificates()
+            broker.kill()
+            eventually(lambda: not transport.connected)
+            broker.start()
+            transport.wait_connected(WAIT_S)
+        finally:
+            transport.close()
 
     def test_without_tls_nobody_comes_in(self, address: BrokerAddress) -> None:
         with pytest.raises(Unreachable, match="did not accept 'a'"):

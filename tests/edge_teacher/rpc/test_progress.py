@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from edge_teacher.contract import frame
 from edge_teacher.contract.limits import Limits
 from edge_teacher.contract.messages import Empty
 from edge_teacher.rpc.fair_queue import Job, Key
+from edge_teacher.rpc.line import Joint, Line
 from edge_teacher.rpc.memory import MemoryBroker
 from edge_teacher.rpc.progress import Progress
 from edge_teacher.rpc.serve import Answer, Method, Server, Tensors
 from edge_teacher.rpc.transport import Message
+from tests.edge_teacher.rpc.wire import eventually
 
 
 class Clock:
@@ -40,6 +44,20 @@ def test_one_that_is_computed_for_too_long_is_hung_however_many_others_end() -> 
     assert progress.look([], 600) == ""
     # The same request again, long after: it is counted anew.
     assert progress.look([hung], 600) == ""
+
+
+def test_one_whose_steps_come_out_is_not_hung_however_long_it_takes() -> None:
+    clock = Clock()
+    progress = Progress(clock=clock)
+    large = job(0, begun=True)
+    for second in range(0, 6000, 500):
+        clock.now = second
+        assert progress.look([large], 600) == ""
+        large.steps += 1
+    assert progress.look([large], 600) == ""  # the last one is seen
+    clock.now += 601
+    said = progress.look([large], 600)
+    assert said == "saliency has had no step for 601 s, and 600 s is the limit"
 
 
 def test_requests_that_nobody_takes() -> None:
@@ -84,4 +102,43 @@ def test_a_server_whose_worker_hangs_says_so_until_it_goes_on() -> None:
     go_on.set()
     assert answered.wait(10)
     assert server.stuck(0) == ""
+    server.drain()
+
+
+def test_an_engine_that_takes_nothing_is_seen_while_uploads_are_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("edge_teacher.rpc.progress._TAKEN_WITHIN_S", 0.0)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def upload(_request: Empty, _tensors: Tensors) -> Answer:
+        begun.set()
+        go_on.wait(30)
+        return Empty(), {}
+
+    class Hanging:
+        threads = 1
+
+        def serve(self, line: Line) -> None:
+            go_on.wait(30)
+
+    broker = MemoryBroker()
+    methods = {"upload": Method(Empty, upload), "ask": Joint(Empty, about=lambda _: None)}
+    server = Server(broker.connect(), "d1", methods, limits=Limits(), engine=Hanging())
+    server.start()
+    asker = broker.connect()
+    for method in methods:
+        asker.publish(
+            Message(
+                topic=f"fedsa/v1/d1/req/{method}",
+                payload=frame.encode(Empty()),
+                response_topic="fedsa/v1/ada/rsp/d1",
+                correlation=method.encode(),
+            )
+        )
+    assert begun.wait(10)
+    eventually(lambda: server.queued == 1)
+    assert server.stuck(600) == ""  # seen for the first time
+    assert server.stuck(600) == "1 requests wait, and none has been begun for 0 s"
+    go_on.set()
     server.drain()

@@ -461,6 +461,18 @@ def test_an_answer_that_is_forgotten_is_not_sent_on() -> None:
             assert time.monotonic() < end
 
 
+def test_looking_for_what_is_forgotten_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Idle workers look far more often than an answer's time is long."""
+    monkeypatch.setattr("edge_teacher.rpc.serve._IDLE_S", 0.02)
+    with world(limits=Limits(answer_cache_s=0.5)) as here:
+        peer = Peer(here.broker.connect())
+        peer.ask(payload=frame.encode(Ask(bytes_back=5 * CHUNK_BYTES)))
+        peer.wait(2)  # and no credit: nobody wants the others any more
+        end = time.monotonic() + 10
+        while here.server._answers.nbytes or len(here.server._outbox):
+            assert time.monotonic() < end
+
+
 @pytest.mark.parametrize(("text", "status"), [("", "200"), ("fail", "500")])
 def test_a_command_is_not_executed_again_however_much_was_answered_since(
     text: str, status: str
