@@ -119,7 +119,7 @@ def _alone(values: NDArray[np.generic]) -> NDArray[np.generic]:
     """A copy of what is little of a step: an answer is kept for minutes, and would keep all of the step."""
     base = values.base
     if isinstance(base, np.ndarray) and values.nbytes * 2 < base.nbytes:
-        return values.copy()
+        return np.array(values)
     return values
 
 

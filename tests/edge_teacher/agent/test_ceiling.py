@@ -132,7 +132,7 @@ class TestCeiling:
     ) -> None:
         process = Process(20)
         memory = process.ceiling(100)
-        with pytest.raises(TooLarge, match="800 x 800 would take about 23,040,000 .* 20,971,520"):
+        with pytest.raises(TooLarge, match=r"800 x 800 would take about 23,040,000 .* 20,971,520"):
             memory.require_front("net", (800, 800))  # the runtime may have 20 MiB of 80
         memory.require_front("net", (700, 700))
         process.resident_mib = 90
