@@ -295,6 +295,7 @@ class Batcher:
         self, session: Session, images: Images, kind: Kind, outputs: frozenset[str]
     ) -> tuple[Mapping[str, Floats], float]:
         count = len(images)
+        self._memory.require_front(kind, kind.size)
         before = self._memory.before_step(kind, count)
         started = self._stopwatch.start()
         found = session.run(images, sorted(outputs))
@@ -373,6 +374,9 @@ class Batcher:
         images = np.random.default_rng(size).integers(0, 256, (size, *probe.size, 3), np.uint8)
         try:
             self._run(probe.session, images, probe.kind, probe.outputs)
+        except Busy as error:  # memory is short now: that says nothing about the size
+            log.info("what is fastest is learnt from what is asked: %s", error)
+            self._probes.remove(probe)
         except Exception as error:  # noqa: BLE001 - nobody has asked for it
             log.warning("%d images at once cannot be computed here: %s", size, error)
             self.sizes.too_large(probe.kind, size)

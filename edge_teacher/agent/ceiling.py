@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -24,6 +25,9 @@ _MOST_KINDS = 64
 _GROWS_FOR = 4
 """Steps of one size until a runtime has all the memory it wants for it: the second still takes some."""
 _CAUTION = 1.25
+_FRONT = 12
+"""Bytes a runtime keeps for each byte of an image until it has the network's size: ONNX Runtime took 10.7 for
+the float32 copies of one of 4700 x 4700."""
 _SMALL_BYTES = MIB
 """What takes less is not worth asking the kernel each time."""
 
@@ -154,6 +158,29 @@ class MemoryCeiling:
         if more <= 0:
             return True
         return self._runtime_bytes + more <= self._for_questions // 4 and self.has_room(more)
+
+    def require_front(self, kind: Hashable, size: tuple[int, ...]) -> None:
+        """Before a step of a kind that nothing is known of: whether one image, (height, width), may be tried.
+
+        A runtime keeps what it has once needed, so one image that is too much would be one too much for
+        good. Raises TooLarge for more than the runtime may have, and Busy where it is not there now.
+        """
+        if kind in self._steps:
+            return
+        need = math.prod(size) * 3 * _FRONT
+        share = self._for_questions // 4
+        shape = " x ".join(map(str, size))
+        if need > share:
+            raise TooLarge(
+                f"an image of {shape} would take about {need:,} bytes of memory while it is computed, and "
+                f"this device has {share:,} for that; send smaller images"
+            )
+        if not self.has_room(need):
+            raise Busy(
+                f"an image of {shape} would take about {need:,} bytes of memory while it is computed, and "
+                f"{max(0, self.room()):,} are left of {self.ceiling_bytes:,}; ask again later",
+                retry_after_s=_RETRY_AFTER_S,
+            )
 
     def runtime_changed(self, grown_bytes: int) -> int:
         """Another runtime answers, and has taken so much since the start: what is left for questions.

@@ -80,7 +80,7 @@ class Listener:
             if (
                 where.stop - where.start == rows
             ):  # all in one step: there is nothing to put together
-                self.whole = dict(kept)
+                self.whole = {name: _alone(values) for name, values in kept.items()}
                 kept = {}
             for name, values in kept.items():
                 if name not in self.whole:
@@ -113,6 +113,14 @@ class Listener:
         with self.lock:
             ended, self.ended = self.ended, True
             return not ended
+
+
+def _alone(values: NDArray[np.generic]) -> NDArray[np.generic]:
+    """A copy of what is little of a step: an answer is kept for minutes, and would keep all of the step."""
+    base = values.base
+    if isinstance(base, np.ndarray) and values.nbytes * 2 < base.nbytes:
+        return np.array(values)
+    return values
 
 
 @dataclass(eq=False)

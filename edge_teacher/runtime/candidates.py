@@ -113,9 +113,8 @@ def _onnxruntime(
         from edge_teacher.runtime.onnxruntime import OnnxRuntimeSession
 
         options: dict[str, str] = {}
-        profile = None
+        profile = profile_for(model.size)
         if provider == "TensorrtExecutionProvider":
-            profile = profile_for(model.size)
             options = _shapes(profile)
             if engines is not None:
                 key = key_of(
@@ -135,9 +134,8 @@ def _onnxruntime(
             provider_options=options,
             precision=dialect,
         )
-        if profile is None:
-            return Opened(session)
-        # Beyond the profile it would build another engine while a query waits for it.
+        # Beyond the profile TensorRT would build another engine while a query waits for it, and CUDA may run
+        # out of memory, after which the GPU is not trusted before a restart.
         return Opened(InPieces(session, profile.most[0]), profile.takes)
 
     return Candidate("onnxruntime", provider, dialect, version, open_)

@@ -20,7 +20,7 @@ from edge_teacher.agent.ceiling import MemoryCeiling
 from edge_teacher.agent.image_store import ImageStore
 from edge_teacher.agent.throttling import Throttling
 from edge_teacher.agent.work import Kind
-from edge_teacher.contract.errors import Busy, Expired, NotFound, RuntimeFailed
+from edge_teacher.contract.errors import Busy, Expired, NotFound, RuntimeFailed, TooLarge
 from edge_teacher.contract.frame import Payload
 from edge_teacher.contract.images import image_block_id
 from edge_teacher.contract.limits import MIB, Limits
@@ -418,7 +418,7 @@ def test_memory_that_is_short_is_said_before_it_is_taken(tmp_path: Path) -> None
     try:
         block = world.put(pictures(1000, 3))
         world.teacher.go_on.set()
-        release = memory.reserve(80 * MIB - 1000)
+        release = memory.reserve(80 * MIB - 5000)
         world.answer(world.ask(SaliencyQuery(block=world.put(pictures(1)))))  # needs less than that
         with pytest.raises(Busy, match="left of 104,857,600") as refused:
             world.ask(SaliencyQuery(block=block), timeout_s=0.5).result(20)
@@ -426,6 +426,45 @@ def test_memory_that_is_short_is_said_before_it_is_taken(tmp_path: Path) -> None
         release()
         assert world.answer(world.ask(SaliencyQuery(block=block)))["saliency"].shape == (1000, 4, 4)
         eventually(lambda: memory.reserved_bytes == 0)
+    finally:
+        world.close()
+
+
+def test_an_image_too_large_for_the_memory_never_reaches_the_runtime(tmp_path: Path) -> None:
+    resident = [20 * MIB]
+    memory = MemoryCeiling(100 * MIB, resident=lambda: resident[0], available=lambda: None)
+    world = World(tmp_path, memory=memory)
+    try:
+        world.teacher.go_on.set()
+        large, allowed = (np.zeros((1, side, side, 3), np.uint8) for side in (800, 700))
+        with pytest.raises(TooLarge, match="an image of 800 x 800"):
+            world.ask(SaliencyQuery(block=world.put(large))).result(20)
+        resident[0] = 90 * MIB
+        query = SaliencyQuery(block=world.put(allowed))
+        with pytest.raises(Busy, match="an image of 700 x 700"):
+            world.ask(query, timeout_s=0.5).result(20)
+        assert world.teacher.runs == []
+        world.answer(world.ask(SaliencyQuery(block=world.put(pictures(1)))))
+        resident[0] = 20 * MIB
+        assert world.answer(world.ask(query))["saliency"].shape == (1, 350, 350)
+    finally:
+        world.close()
+
+
+def test_memory_that_is_short_when_sizes_are_learnt_says_nothing_about_them(tmp_path: Path) -> None:
+    resident = [20 * MIB]
+    memory = MemoryCeiling(100 * MIB, resident=lambda: resident[0], available=lambda: None)
+    resident[0] = 100 * MIB
+    world = World(tmp_path, memory=memory, probes=True)
+    try:
+        eventually(lambda: not world.batcher._probes)
+        assert world.teacher.runs == []
+        resident[0] = 20 * MIB
+        world.teacher.go_on.set()
+        both = FeaturesQuery(block=world.put(pictures(40)), saliency=True)
+        for _ in range(3):
+            world.answer(world.ask(both))
+        assert max(count for count, _ in world.teacher.runs) > 1
     finally:
         world.close()
 

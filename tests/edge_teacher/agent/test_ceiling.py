@@ -127,6 +127,23 @@ class TestCeiling:
         assert not memory.fits("net", 6)
         assert memory.fits("another", 64)
 
+    def test_an_image_of_a_size_that_was_never_computed_is_tried_only_where_it_is_sure_to_fit(
+        self,
+    ) -> None:
+        process = Process(20)
+        memory = process.ceiling(100)
+        with pytest.raises(TooLarge, match=r"800 x 800 would take about 23,040,000 .* 20,971,520"):
+            memory.require_front("net", (800, 800))  # the runtime may have 20 MiB of 80
+        memory.require_front("net", (700, 700))
+        process.resident_mib = 90
+        with pytest.raises(Busy, match="10,485,760 are left of 104,857,600") as refused:
+            memory.require_front("net", (700, 700))
+        assert refused.value.retry_after_s
+        memory.require_front("net", (100, 100))
+        # What it has taken for the first it does not take again.
+        memory.after_step("net", 1, memory.before_step("net", 1))
+        memory.require_front("net", (700, 700))
+
 
 @pytest.mark.parametrize("mib", [16, 64, 256, 4096])
 def test_limits_that_fit_the_memory_fit_it_together(mib: int) -> None:
