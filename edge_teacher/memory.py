@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 from pathlib import Path
 
 PROC = Path("/proc")
@@ -12,11 +11,14 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def resident_bytes(proc: Path = PROC) -> int:
-    """Of this process; where `proc` does not tell, the most it ever had."""
+    """Of this process; 0 where `proc` does not tell.
+
+    getrusage is no help there: its maximum is that of the process this one was forked from, if that had more.
+    """
     try:
         pages = int((proc / "self" / "statm").read_text().split()[1])
     except (OSError, IndexError, ValueError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -64,7 +64,7 @@ def test_one_that_has_ended_is_no_trouble(tmp_path: Path) -> None:
 
 def test_output_and_environment(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    code = "import os, sys; print(os.environ['X']); sys.exit('the last word')"
+    code = "import os, sys; print(os.environ['X'], flush=True); sys.exit('the last word')"
     processes.start([sys.executable, "-c", code], log, environment={"X": "given"}).wait()
     assert processes.last_words(log) == "given\nthe last word"
     assert processes.last_words(log, lines=1) == "the last word"

@@ -341,7 +341,8 @@ def test_one_coordinator_s_small_query_does_not_wait_for_its_own_huge_one_of_ano
     here.wait_for(3)
     here.teacher.go_on.set()
     eventually(lambda: len(order) == 3)
-    assert order == ["other", "first", "second"]
+    # The last of 400 may still be encoded by one thread when the other is through with three.
+    assert order[0] == "other"
 
 
 def test_who_fails_fails_alone(here: World) -> None:

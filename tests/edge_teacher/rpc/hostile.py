@@ -142,6 +142,7 @@ class Target:
     """Both ends on one in-memory broker, with a question always open at the client."""
 
     def __init__(self) -> None:
+        self._threads = threading.active_count()
         self.complaints = _Complaints()
         logging.getLogger("edge_teacher").addHandler(self.complaints)
         self.broker = MemoryBroker()
@@ -195,4 +196,4 @@ class Target:
         self.server.drain()
         for transport in (self.asking, self.attacker):
             transport.close()
-        assert threading.active_count() < 100
+        assert threading.active_count() <= self._threads + 4  # other tests' may still be ending
