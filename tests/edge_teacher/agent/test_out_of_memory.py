@@ -43,7 +43,7 @@ SIDE = 256
 IMAGES = 64
 """Their feature maps have 12.6 MB as f32."""
 COORDINATORS, EACH = 6, 6
-MORE_MIB = 128
+MORE_MIB = 256
 """What the agent may have beside what it has when it has started."""
 
 
@@ -220,11 +220,15 @@ def _agent(
 
 def _put(caller: Caller, images: np.ndarray) -> str:
     block, flat = image_block_id(images), images.reshape(-1)
-    offset = 0
+    offset, deadline = 0, time.monotonic() + 60
     while offset < flat.size:
         request = PutImages(block=block, shape=images.shape, offset=offset)
         piece = {"data": flat[offset : offset + MIB]}
-        received, _ = caller.call("d1", "put_images", request, piece, answer=Received)
+        try:
+            received, _ = caller.call("d1", "put_images", request, piece, answer=Received)
+        except Busy:  # it is still finding out what a step takes: "send it again later"
+            assert time.monotonic() < deadline
+            continue
         assert received.next_offset > offset
         offset = received.next_offset
     return block
