@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ _ATTEMPTS = 4
 Query = Callable[[str], msgspec.Struct]
 """Block id -> the query about it."""
 
-Tensors = Mapping[str, frame.Array]
+Tensors = frame.Tensors
 
 
 @dataclass(frozen=True)

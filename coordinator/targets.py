@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -86,8 +85,6 @@ def _go_on_refitted(stage: Stage, task: AmalgamationTask, number: int) -> None:
         run.save()
     known = run.record.refitted
     if known and all(key in known for key in task.targets.values()):
-        for name, key in task.targets.items():
-            task.taught[name] = replace(task.taught[name], score=known[key])
         stage.progress.say(_REFITTED)
     else:
         _say_scores(stage, task)

@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
         threads=options.threads,
         engines=None if options.state is None else options.state / "engines",
     )
-    sys.stdout.write(_json(report) if options.json else text(report))
+    sys.stdout.write(as_json(report) if options.json else text(report))
     return 0
 
 
@@ -205,5 +205,6 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count else ""
 
 
-def _json(report: Report) -> str:
+def as_json(report: object) -> str:
+    """As `--json` and `edge-teacher info` print it."""
     return msgspec.json.format(msgspec.json.encode(report), indent=2).decode() + os.linesep

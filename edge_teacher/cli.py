@@ -7,7 +7,6 @@ not there, however long.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -125,9 +124,7 @@ def _info(options: argparse.Namespace) -> int:
         "sha256": bundle.digest,
         "signed_by": bundle.signed_by,
     }
-    sys.stdout.write(
-        msgspec.json.format(msgspec.json.encode(summary), indent=2).decode() + os.linesep
-    )
+    sys.stdout.write(check.as_json(summary))
     return 0
 
 

@@ -154,7 +154,6 @@ class Batcher:
         self._fresh: dict[Hashable, Work] = {}
         """Those of which nothing is computed yet, by what they are about: others may join them."""
         self._not_before = 0.0
-        self._stop_pause = threading.Event()
 
     def learn_anew(self) -> None:
         """Another runtime executes the graphs: sizes and memory are measured from the beginning.
@@ -203,7 +202,7 @@ class Batcher:
 
     def _pause(self, line: Line) -> None:
         while not line.closed and (left := self._not_before - time.monotonic()) > 0:
-            self._stop_pause.wait(min(left, 0.1))
+            time.sleep(min(left, 0.1))
 
     def _admit(self, line: Line) -> None:
         waiting = sum(work.left for work in self._works)

@@ -85,10 +85,11 @@ class MemoryCeiling:
             )
         return left
 
-    def limit(self, ceiling_bytes: int) -> None:
-        """Another ceiling, for what is asked from now on. Raises as `for_questions`."""
+    def limit(self, ceiling_bytes: int) -> int:
+        """Another ceiling, for what is asked from now on, and what it leaves. Raises as `for_questions`."""
         self._for_questions = self.for_questions(ceiling_bytes)
         self.ceiling_bytes = ceiling_bytes
+        return self._for_questions
 
     @property
     def reserved_bytes(self) -> int:

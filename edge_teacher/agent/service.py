@@ -191,7 +191,7 @@ class Agent:
 
     def check_limits(self, config: AgentConfig) -> None:
         """Raises UsageError for a memory ceiling that leaves nothing beside the teacher."""
-        self._serving.ceiling(config.memory_bytes)
+        self._serving.check_ceiling(config.memory_bytes)
 
     def reconfigure(self, config: AgentConfig) -> None:
         """Take from `config` what can change while it runs: coordinators, their keys, limits, the period.

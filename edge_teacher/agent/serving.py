@@ -45,20 +45,18 @@ class Serving:
         self._answers: Answers | None = None
         self._batcher: Batcher | None = None
 
-    def ceiling(self, memory_bytes: int | None) -> int:
-        """What the ceiling would be. Raises UsageError as at the start."""
-        ceiling = _ceiling(memory_bytes)
-        self.memory.for_questions(ceiling)
-        return ceiling
+    def check_ceiling(self, memory_bytes: int | None) -> None:
+        """Raises UsageError as at the start."""
+        self.memory.for_questions(_ceiling(memory_bytes))
 
     def limit(self, limits: Limits, memory_bytes: int | None) -> None:
         """Other limits, and another ceiling, from the next question on.
 
         Raises UsageError as at the start; then nothing has changed.
         """
-        self.memory.limit(self.ceiling(memory_bytes))
+        left = self.memory.limit(_ceiling(memory_bytes))
         self._asked = limits
-        self._set_limits(self.memory.for_questions(self.memory.ceiling_bytes))
+        self._set_limits(left)
 
     def begin(
         self, students: Students, card: Callable[[], Card], card_changed: Callable[[], None]

@@ -31,6 +31,7 @@ Payload = bytes | bytearray | memoryview
 """What a frame may lie in: an answer put together from chunks stays in the memory it was put in."""
 
 Array = NDArray[np.generic]
+Tensors = Mapping[str, Array]
 Message = TypeVar("Message", bound=msgspec.Struct)
 
 MAGIC = b"FSA1"

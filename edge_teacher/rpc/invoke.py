@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
@@ -41,7 +41,7 @@ from edge_teacher.rpc.transport import Message, Transport
 log = logging.getLogger(__name__)
 
 Reply = TypeVar("Reply", bound=msgspec.Struct)
-Tensors = Mapping[str, frame.Array]
+Tensors = frame.Tensors
 
 RETRY_S = 5.0
 """Silence after which a request is sent again, or the missing ranges of an answer are asked for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Container, Hashable, Mapping
+from collections.abc import Callable, Container, Hashable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from edge_teacher.rpc.line import Asked
 _RETRY_AFTER_S = (0.05, 30.0)
 _UNKNOWN_SERVICE_S = 1.0
 
-Tensors = Mapping[str, frame.Array]
+Tensors = frame.Tensors
 
 
 class Lane:

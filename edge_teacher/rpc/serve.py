@@ -41,7 +41,7 @@ _IDLE_S = 1.0
 """How often an idle worker looks for answers that nobody has asked for in time."""
 
 
-Tensors = Mapping[str, frame.Array]
+Tensors = frame.Tensors
 Answer = tuple[msgspec.Struct, Tensors]
 
 
