@@ -7,15 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.example_networks import ExampleNetwork, example_bundles
 from coordinator.answers import Question, RememberedAnswers, image_keys
 from coordinator.student import Student, grad_cam, load_student
-from edge_teacher import bundle as bundles
-from edge_teacher.keys import read_public
 
 _BATCH = 500
 
@@ -130,27 +128,17 @@ class BundleTeacher(LocalTeacher):
     """The network of a bundle in examples/teachers, as a device runs it."""
 
     def _load(self, path: Path) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        bundle = bundles.read(path, [read_public(path.with_name("owner.pub"))])
-        self._session = onnxruntime.InferenceSession(bundle.files["teacher.onnx"], options)
+        self._network = ExampleNetwork(path)
 
     def saliency(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         parts = (images[start : start + _BATCH] for start in range(0, len(images), _BATCH))
-        found = [self._run("saliency", part) for part in parts]
+        found = [self._network.run(part, "saliency")[0] for part in parts]
         return self._told(images, np.concatenate(found))
 
     def _maps(self, images: NDArray[np.uint8]) -> Tensor:
-        return torch.from_numpy(self._run("features.last", images))
-
-    def _run(self, output: str, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        (found,) = self._session.run([output], {"images": images})
-        return np.asarray(found, np.float32)
+        return torch.from_numpy(self._network.run(images, "features.last")[0])
 
 
 def mixed_teachers(cache: RememberedAnswers) -> list[LocalTeacher]:
     """Eight of three architectures."""
-    paths = sorted(
-        (Path(__file__).resolve().parent.parent / "examples" / "teachers").glob("*.fedsa")
-    )
-    return [BundleTeacher(path, cache) for path in paths]
+    return [BundleTeacher(path, cache) for path in example_bundles()]

@@ -30,7 +30,8 @@ from statistics import fmean, pstdev
 
 import msgspec
 
-from benchmarks.remote_run import SETTINGS, Outcome, device_of, settings, teacher_bundles
+from benchmarks.example_networks import example_bundles
+from benchmarks.remote_run import SETTINGS, Outcome, device_of, settings
 from benchmarks.transport_link import slow_links, why_no_link
 from coordinator import processes
 from coordinator.broker import local_broker
@@ -60,7 +61,7 @@ def agents(
     started: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for bundle, url, through in zip(
-            teacher_bundles(), cycle(urls), cycle(within), strict=False
+            example_bundles(), cycle(urls), cycle(within), strict=False
         ):
             device = device_of(bundle)
             command = [
@@ -177,7 +178,7 @@ def main() -> int:
                 found.note("inside", seed, run("--teachers", "inside", "--seed", str(seed), *more))
             if "loopback" in options.only:
                 found.note("loopback", seed, on_loopback(seed, more))
-        for case, count in (("links", len(teacher_bundles())), ("link", 1)):
+        for case, count in (("links", len(example_bundles())), ("link", 1)):
             if case in options.only and why:
                 print(f"{case}: not measured, {why}")
             elif case in options.only:

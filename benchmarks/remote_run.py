@@ -20,9 +20,9 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
+from benchmarks.example_networks import ExampleNetwork, example_bundles
 from coordinator.answers import RememberedAnswers
 from coordinator.config import Config
 from coordinator.connection import connect
@@ -35,9 +35,7 @@ from coordinator.settings import load_config
 from coordinator.shared_teachers import shared
 from coordinator.teachers import RemoteTeacher, Teacher, as_sent
 from coordinator.training import train
-from edge_teacher import bundle as bundles
 from edge_teacher.agent.pooling import attention_pool, mean_pool
-from edge_teacher.keys import read_public
 from edge_teacher.rpc.address import parse_broker
 
 Floats = NDArray[np.float32]
@@ -63,11 +61,7 @@ class Inside:
     """A bundle's network in this process: the graph that a device runs, and its answers' precision."""
 
     def __init__(self, path: Path) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        owner = [read_public(path.parent / "owner.pub")]
-        graph = bundles.read(path, owner).files["teacher.onnx"]
-        self._session = onnxruntime.InferenceSession(graph, options)
+        self._network = ExampleNetwork(path)
         self.name = self.identity = device_of(path)
 
     def saliency(self, images: Images) -> Floats:
@@ -91,10 +85,8 @@ class Inside:
         found = []
         for start in range(0, len(images), _BATCH):
             rows = slice(start, start + _BATCH)
-            features, saliency = self._session.run(
-                ["features.last", "saliency"], {"images": images[rows]}
-            )
-            found.append(reduce(np.asarray(features), np.asarray(saliency), rows))
+            features, saliency = self._network.run(images[rows], "features.last", "saliency")
+            found.append(reduce(features, saliency, rows))
         return np.concatenate(found).astype(np.float16).astype(np.float32)
 
 
@@ -115,10 +107,6 @@ def device_of(bundle: Path) -> str:
     return bundle.stem.replace("teacher", "device")
 
 
-def teacher_bundles() -> list[Path]:
-    return sorted((EXAMPLES / "teachers").glob("*.fedsa"))
-
-
 def settings(changed: Sequence[str]) -> Config:
     """The demo's, without the baseline: nothing here is compared to it. Raises UsageError."""
     pairs = dict(text.split("=", 1) for text in changed)
@@ -137,13 +125,13 @@ def main() -> int:
     options = parser.parse_args()
     config = settings(["seed=" + options.seed, *options.set])
     data = read_configured(config)
-    names = [device_of(bundle) for bundle in teacher_bundles()]
+    names = [device_of(bundle) for bundle in example_bundles()]
     with ExitStack() as stack:
         ranks = stack.enter_context(joined(config.distributed))
         teachers: dict[str, Teacher]
         caller = online = None
         if options.teachers == "inside":
-            teachers = {t.name: t for t in map(Inside, teacher_bundles())}
+            teachers = {t.name: t for t in map(Inside, example_bundles())}
         else:
             connection = stack.enter_context(
                 connect(parse_broker(options.teachers), name=f"coordinator-{ranks.rank}")

@@ -7,19 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.example_networks import ExampleNetwork, example_bundles
 from benchmarks.paper_local import LocalTeacher
 from benchmarks.paper_teachers import COUNT, path_of
 from coordinator.answers import Question, RememberedAnswers, image_keys
 from coordinator.student import Student, StudentSpec, pooled_features
-from edge_teacher import bundle as bundles
 from edge_teacher.agent.pooling import attention_pool, mean_pool
-from edge_teacher.keys import read_public
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "teachers"
 _BATCH = 250
 
 Images = NDArray[np.uint8]
@@ -107,20 +104,12 @@ def alike(work: Path) -> Fleet:
 
 def mixed(work: Path) -> Fleet:
     """The bundles in examples/teachers, as a device runs them."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    owner = [read_public(EXAMPLES / "owner.pub")]
-    sessions, identities = [], []
-    for index in range(COUNT):
-        path = EXAMPLES / f"teacher-{index}.fedsa"
-        graph = bundles.read(path, owner).files["teacher.onnx"]
-        sessions.append(onnxruntime.InferenceSession(graph, options))
-        identities.append(hashlib.sha256(path.read_bytes()).hexdigest())
+    paths = example_bundles()
+    networks = [ExampleNetwork(path) for path in paths]
+    identities = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
 
     def run(index: int, images: Images) -> tuple[Floats, Floats]:
-        session = sessions[index]
-        name = session.get_inputs()[0].name
-        maps, saliency = session.run(["features.last", "saliency"], {name: images})
-        return np.asarray(maps, np.float32), np.asarray(saliency, np.float32)
+        maps, saliency = networks[index].run(images, "features.last", "saliency")
+        return maps, saliency
 
     return Fleet("mixed", identities, run, work)
